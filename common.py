@@ -1,0 +1,56 @@
+"""What every part leans on: the error that bad input raises, and files that are whole or not there."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+class BadInput(Exception):
+    """Input that cannot be used. The message is one line that names the flag or the file and says what to do."""
+
+
+@contextlib.contextmanager
+def exit_on_bad_input(program: str) -> Iterator[None]:
+    """Turn BadInput into one line on standard error and exit status 2; every other exception passes through."""
+    try:
+        yield
+    except BadInput as error:
+        rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"{program}{rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def write_errors(path: str | Path) -> Iterator[None]:
+    """Turn what the operating system says against writing `path` (full, read-only, not a folder) into BadInput."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BadInput(f"cannot write {path}: {reason}; free some space or choose another place") from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a binary file that appears at `path` only once it is whole and on disk.
+
+    It is written beside its place and renamed into it, so that a reader never meets half a file and whatever stood
+    there before stays until then. If anything goes wrong, the half-written file is removed.
+
+    Raises:
+        BadInput: the operating system refused, for example because the disk is full.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with write_errors(path):
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)

@@ -1,0 +1,134 @@
+"""The oracle: every op of the table in plain PyTorch, as slow and as obvious as its formula.
+
+Whatever a kernel computes is measured against these functions. Shapes: B batch, T sequence, C width, H heads,
+D = C/H head_dim, V vocabulary. Floating-point inputs may be of any one dtype; gradients come from autograd.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+LAYER_NORM_EPS = 1e-5
+IGNORE_INDEX = -1
+
+
+def embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor) -> torch.Tensor:
+    """Token embedding plus position embedding.
+
+    Args:
+        idx: (B, T) int64 token ids.
+        token_weight: (V, C).
+        position_weight: (block_size, C), block_size >= T.
+
+    Returns:
+        (B, T, C) in the weights' dtype: token_weight[idx] + position_weight[:T].
+    """
+    positions = torch.arange(idx.shape[1], device=idx.device)
+    return F.embedding(idx, token_weight) + F.embedding(positions, position_weight)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """LayerNorm over the last dimension, biased variance, eps 1e-5 (Ba et al. 2016, https://arxiv.org/abs/1607.06450).
+
+    Args:
+        x: (..., C).
+        weight: (C,).
+        bias: (C,).
+
+    Returns:
+        (..., C): (x − mean)/√(var + eps)·weight + bias.
+    """
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, LAYER_NORM_EPS)
+
+
+def add_layer_norm(
+    residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a branch to the residual stream and normalise the sum.
+
+    Args:
+        residual: (..., C), the stream.
+        branch: (..., C), what a block's half computed.
+        weight: (C,).
+        bias: (C,).
+
+    Returns:
+        (residual + branch, layer_norm(residual + branch)), both (..., C).
+    """
+    residual = residual + branch
+    return residual, layer_norm(residual, weight, bias)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh form (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415).
+
+    Args:
+        x: any shape.
+
+    Returns:
+        Same shape: 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
+    """
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def attention(qkv: torch.Tensor, n_head: int) -> torch.Tensor:
+    """Causal self-attention that materialises the (T, T) matrix (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
+
+    Args:
+        qkv: (B, T, 3C), query, key and value side by side in that order; each is n_head heads of C/n_head.
+        n_head: number of heads, a divisor of C.
+
+    Returns:
+        (B, T, C): softmax(q·kᵀ/√D, over the positions not after the query's)·v, heads side by side.
+    """
+    q, k, v = _split_heads(qkv, n_head)
+    scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(q.shape[-1]))
+    T = qkv.shape[1]
+    future = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
+    scores = scores.masked_fill(future, float("-inf"))
+    return _merge_heads(F.softmax(scores, dim=-1) @ v)
+
+
+def sdpa_attention(qkv: torch.Tensor, n_head: int) -> torch.Tensor:
+    """The same as `attention`, by torch's scaled_dot_product_attention: what `--flash 1` asks for."""
+    q, k, v = _split_heads(qkv, n_head)
+    return _merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the targets that are not −1.
+
+    Args:
+        logits: (..., V).
+        targets: (...) int64, each −1 (not counted) or in [0, V).
+
+    Returns:
+        () loss in nats. As torch defines it, NaN where no target counts.
+    """
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The loss of the tied head: cross_entropy(hidden·weightᵀ, targets).
+
+    Args:
+        hidden: (..., C).
+        weight: (V, C).
+        targets: (...) int64, each −1 (not counted) or in [0, V).
+
+    Returns:
+        () loss in nats.
+    """
+    return cross_entropy(F.linear(hidden, weight), targets)
+
+
+def _split_heads(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, ...]:
+    """(B, T, 3C) to three views of (B, H, T, D)."""
+    B, T, width = qkv.shape
+    return tuple(part.view(B, T, n_head, -1).transpose(1, 2) for part in qkv.split(width // 3, dim=2))
+
+
+def _merge_heads(y: torch.Tensor) -> torch.Tensor:
+    """(B, H, T, D) to (B, T, C)."""
+    return y.transpose(1, 2).flatten(2)

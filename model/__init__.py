@@ -1,0 +1,1 @@
+"""The network (`gpt`) and its file formats (`llmc`, `hf`)."""

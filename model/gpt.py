@@ -1,0 +1,240 @@
+"""GPT-2: the configuration, the presets, and the modules, with one forward pass for every backend.
+
+The residual stream travels as a pair (residual, branch): the addition that ends one half of a block is made together
+with the LayerNorm that opens the next, as one op.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from kernels.ops import EAGER, Ops
+
+INIT_SEED = 42
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a network.
+
+    Raises:
+        ValueError: a size is not positive, or n_embd is no multiple of n_head.
+    """
+
+    block_size: int = 1024
+    """longest sequence, in tokens"""
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+
+    def num_params(self) -> int:
+        """Number of parameters, the tied matrix counted once."""
+        C = self.n_embd
+        block = 12 * C * C + 13 * C  # four matrices; their biases (9C) and two LayerNorms (4C)
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
+
+
+PRESETS = {
+    "nano": GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=128),
+    "d12": GPTConfig(n_layer=12, n_head=12, n_embd=768),
+    "d24": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "d36": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "d48": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+"""Configurations that start from random weights, by name."""
+
+
+class LayerNorm(nn.Module):
+    """Weight and bias of a LayerNorm of width C; the arithmetic is the backend's."""
+
+    def __init__(self, width: int, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., C)"""
+        return self.ops.layer_norm(x, self.weight, self.bias)
+
+    def add(self, residual: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(residual, branch), each (..., C) -> (their sum, its LayerNorm)"""
+        return self.ops.add_layer_norm(residual, branch, self.weight, self.bias)
+
+
+class CausalSelfAttention(nn.Module):
+    """Projections around the attention op."""
+
+    def __init__(self, config: GPTConfig, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        return self.c_proj(self.ops.attention(self.c_attn(x), self.n_head))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., C)"""
+        return self.c_proj(self.ops.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """x = x + attn(ln_1(x)), then x = x + mlp(ln_2(x)); the last addition is left to whoever comes next."""
+
+    def __init__(self, config: GPTConfig, ops: Ops):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, ops)
+        self.attn = CausalSelfAttention(config, ops)
+        self.ln_2 = LayerNorm(config.n_embd, ops)
+        self.mlp = MLP(config, ops)
+
+    def forward(self, residual: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(residual, branch or None before the first block), each (B, T, C) -> the same pair after this block"""
+        if branch is None:
+            normed = self.ln_1(residual)
+        else:
+            residual, normed = self.ln_1.add(residual, branch)
+        residual, normed = self.ln_2.add(residual, self.attn(normed))
+        return residual, self.mlp(normed)
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019) with the output matrix tied to the token embedding, in fp32 on the CPU.
+
+    Args:
+        config: the shape.
+        ops: the backend.
+        init: draw the initial weights; False leaves them unset, for a caller that loads them all.
+    """
+
+    def __init__(self, config: GPTConfig, ops: Ops = EAGER, init: bool = True):
+        super().__init__()
+        self.config = config
+        self.ops = ops
+        # On meta first: torch's own initialisation would be thrown away, and would move the global random state.
+        with torch.device("meta"):
+            self.transformer = nn.ModuleDict(
+                {
+                    "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                    "wpe": nn.Embedding(config.block_size, config.n_embd),
+                    "h": nn.ModuleList(Block(config, ops) for _ in range(config.n_layer)),
+                    "ln_f": LayerNorm(config.n_embd, ops),
+                }
+            )
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.to_empty(device="cpu")
+        self.lm_head.weight = self.transformer.wte.weight
+        if init:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw the weights of SPEC section 1: one CPU generator, seed 42, in the order of `nn.Module.apply`.
+
+        The projections into the residual stream are narrower by √(2·n_layer), one for each addition to it (GPT-2,
+        section 2.3).
+        """
+        generator = torch.Generator().manual_seed(INIT_SEED)
+        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
+        into_residual = {proj for block in self.transformer.h for proj in (block.attn.c_proj, block.mlp.c_proj)}
+
+        def draw(module: nn.Module) -> None:
+            if isinstance(module, LayerNorm):
+                module.weight.fill_(1.0)
+                module.bias.zero_()
+            elif isinstance(module, nn.Linear | nn.Embedding) and module is not self.lm_head:
+                std = residual_std if module in into_residual else INIT_STD
+                module.weight.normal_(0.0, std, generator=generator)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+
+        self.apply(draw)
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, return_logits: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Run the network.
+
+        Args:
+            idx: (B, T) int64 token ids, T <= block_size.
+            targets: (B, T) int64, the ids to predict; −1 is not counted. None when only predictions are wanted.
+            return_logits: False when nobody reads the logits, so that no backend pays for them.
+
+        Returns:
+            (logits, loss). With targets: logits (B, T, V) and the mean loss in nats, (). Without: logits of the last
+            position only, (B, 1, V), and None. Logits are None where return_logits is False.
+
+        Raises:
+            ValueError: T is larger than block_size.
+        """
+        if idx.shape[1] > self.config.block_size:
+            raise ValueError(f"a sequence of {idx.shape[1]} tokens is longer than block_size {self.config.block_size}")
+        residual = self.ops.embedding(idx, self.transformer.wte.weight, self.transformer.wpe.weight)
+        branch = None
+        for block in self.transformer.h:
+            residual, branch = block(residual, branch)
+        _, hidden = self.transformer.ln_f.add(residual, branch)
+
+        if targets is None:
+            return (self.lm_head(hidden[:, [-1], :]) if return_logits else None), None
+        if not return_logits:
+            return None, self.ops.linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        logits = self.lm_head(hidden)
+        return logits, self.ops.cross_entropy(logits, targets)
+
+    @torch.no_grad()
+    def generate(
+        self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
+    ) -> torch.Tensor:
+        """Continue sequences by multinomial sampling from torch's global random state.
+
+        Args:
+            idx: (B, T) int64 token ids to start from; what is older than block_size is cropped from the context.
+            max_new_tokens: how many to add.
+            temperature: > 0; logits are divided by it.
+            top_k: sample among the k likeliest ids only; None for all.
+
+        Returns:
+            (B, T + max_new_tokens) int64; every new id is below vocab_size.
+
+        Raises:
+            ValueError: temperature or top_k is not positive.
+        """
+        if temperature <= 0:
+            raise ValueError(f"temperature is {temperature}; it must be above 0")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}; it must be at least 1")
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size :])
+            logits = logits[:, -1, : self.config.vocab_size].float() / temperature
+            if top_k is not None and top_k < logits.shape[-1]:
+                smallest_kept = torch.topk(logits, top_k).values[:, [-1]]
+                logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+            probs = torch.softmax(logits, dim=-1)
+            idx = torch.cat((idx, torch.multinomial(probs, num_samples=1)), dim=1)
+        return idx
