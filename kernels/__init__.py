@@ -8,8 +8,11 @@ names that are not ours are looked up there.
 import importlib.metadata
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+_HERE = Path(__file__).parent
 
 try:
     _hugging_face = importlib.metadata.distribution("kernels").locate_file("kernels")
@@ -30,6 +33,7 @@ def _load_hugging_face() -> ModuleType:
 
 
 def __getattr__(name: str) -> Any:
-    if _hugging_face is None or name.startswith("_"):
+    # `from kernels import eager` asks here before it imports the submodule: what is ours must not load what is theirs.
+    if _hugging_face is None or name.startswith("_") or (_HERE / f"{name}.py").exists():
         raise AttributeError(f"module 'kernels' has no attribute {name!r}")
     return getattr(_load_hugging_face(), name)
