@@ -1,0 +1,76 @@
+"""Shards of tokens on disk, as llm.c has them: 256 little-endian int32, then uint16 tokens.
+
+Header: [0] = 20240520, [1] = 1, [2] = number of tokens, the rest zero.
+"""
+
+import glob
+import os
+from pathlib import Path
+
+import numpy as np
+
+from common import BadInput, atomic_write
+
+MAGIC, VERSION = 20240520, 1
+HEADER_BYTES = 256 * 4
+MAKE_ANEW = "make it anew with python -m data.prepare"
+
+
+def write_shard(path: str | Path, tokens: np.ndarray) -> None:
+    """Write one shard, whole or not at all.
+
+    Args:
+        path: where; nothing may be there yet.
+        tokens: (n,) uint16.
+
+    Raises:
+        BadInput: the file exists, or cannot be written.
+    """
+    if os.path.lexists(path):
+        raise BadInput(f"{path} exists already; choose another place, or move it away")
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    with atomic_write(path) as file:
+        file.write(header.tobytes())
+        file.write(tokens.astype("<u2", casting="equiv").tobytes())
+
+
+def open_shard(path: str | Path) -> np.ndarray:
+    """Map the tokens of a shard into memory, without reading them.
+
+    Returns:
+        (n,) uint16, read-only.
+
+    Raises:
+        BadInput: it is not there, or not a whole shard.
+    """
+    try:
+        header = np.fromfile(path, "<i4", 256)
+        size = os.path.getsize(path)
+    except OSError as error:
+        raise BadInput(f"cannot read the shard {path}: {error.strerror or error}") from error
+    if len(header) < 256:
+        raise BadInput(f"{path}: {size} bytes are less than the header of a shard; {MAKE_ANEW}")
+    magic, version, n_tokens = header[:3].tolist()
+    if magic != MAGIC:
+        raise BadInput(f"{path}: magic number {magic} instead of {MAGIC}: not a shard of tokens; {MAKE_ANEW}")
+    if version != VERSION:
+        raise BadInput(f"{path}: version {version} instead of {VERSION}; {MAKE_ANEW}")
+    there = (size - HEADER_BYTES) // 2
+    if n_tokens < 0 or n_tokens > there:
+        raise BadInput(f"{path}: its header claims {n_tokens} tokens and the file has {there}; {MAKE_ANEW}")
+    if n_tokens == 0:
+        return np.zeros(0, np.uint16)
+    return np.memmap(path, "<u2", "r", HEADER_BYTES, (n_tokens,))
+
+
+def find_shards(pattern: str) -> list[str]:
+    """The sorted files that match a glob.
+
+    Raises:
+        BadInput: none does.
+    """
+    files = sorted(glob.glob(pattern))
+    if not files:
+        raise BadInput(f"no shard matches {pattern}; make some with python -m data.prepare, or correct the pattern")
+    return files
