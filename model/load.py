@@ -1,0 +1,35 @@
+"""From what `--model` may name to a network."""
+
+from pathlib import Path
+
+from common import BadInput
+from kernels.ops import EAGER, Ops
+from model import hf, llmc
+from model.gpt import GPT, PRESETS
+
+PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+def load(model: str, ops: Ops = EAGER) -> GPT:
+    """Build a network, in fp32 on the CPU.
+
+    Args:
+        model: a preset (random weights), one of OpenAI's names, a run directory, a `.bin` file of llm.c, a folder that
+            transformers wrote, or `owner/name` on Hugging Face's hub.
+        ops: the backend.
+
+    Raises:
+        BadInput: there is no such thing, or it cannot be used.
+    """
+    if model in PRESETS:
+        return GPT(PRESETS[model], ops)
+    if model in PRETRAINED:
+        return hf.from_pretrained(model, ops)
+    path = Path(model)
+    if model.endswith(".bin") or (path / llmc.RUN_WEIGHTS).exists():
+        return llmc.load_model(path, ops)
+    looks_like_hub_name = model.count("/") == 1 and not model.startswith((".", "/", "~", "runs/"))
+    if path.is_dir() or (looks_like_hub_name and not path.exists()):
+        return hf.from_pretrained(model, ops)
+    known = ", ".join((*PRESETS, *PRETRAINED))
+    raise BadInput(f"--model {model} is neither a path nor a name that is known; choose from {known}, or give a path")

@@ -1,0 +1,309 @@
+"""The network: its parameters, its initial weights, its forward pass against a plain one, and sampling from it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.ops import EAGER, EAGER_SDPA
+from model.gpt import GPT, PRESETS, GPTConfig
+
+TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=3, n_embd=24)
+
+
+@pytest.fixture(scope="module")
+def d12() -> GPT:
+    return GPT(PRESETS["d12"])
+
+
+def random_tiny(ops=EAGER) -> GPT:
+    """A tiny network in which no bias is zero, no gain is one, and the spread is wide enough to tell tokens apart."""
+    gpt = GPT(TINY, ops, init=False)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for param in gpt.parameters():
+            param.normal_(0.0, 0.3, generator=generator)
+    return gpt
+
+
+def random_ids(*shape: int, vocab_size: int = TINY.vocab_size, seed: int = 5) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def grads(gpt: GPT) -> dict[str, torch.Tensor]:
+    return {name: param.grad for name, param in gpt.named_parameters()}
+
+
+# Parameters
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"), [("d12", 124_439_808), ("d24", 354_823_168), ("d36", 774_030_080), ("d48", 1_557_611_200)]
+)
+def test_parameter_counts_of_the_presets(preset, count):
+    assert PRESETS[preset].num_params() == count
+    assert (PRESETS[preset].block_size, PRESETS[preset].vocab_size) == (1024, 50257)
+
+
+def test_parameters_are_as_many_as_counted(d12):
+    assert sum(param.numel() for param in d12.parameters()) == 124_439_808
+    assert sum(param.numel() for param in GPT(TINY).parameters()) == TINY.num_params()
+
+
+def test_names_of_parameters():
+    block = ["ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight"]
+    block += ["attn.c_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight"]
+    block += ["mlp.c_proj.bias"]
+    expected = ["transformer.wte.weight", "transformer.wpe.weight"]
+    expected += [f"transformer.h.{i}.{name}" for i in range(2) for name in block]
+    expected += ["transformer.ln_f.weight", "transformer.ln_f.bias"]
+    assert [name for name, _ in GPT(TINY).named_parameters()] == expected
+    assert list(GPT(TINY).state_dict()) == [*expected, "lm_head.weight"]
+
+
+def test_head_and_token_embedding_are_one_tensor():
+    gpt = GPT(TINY)
+    assert gpt.lm_head.weight is gpt.transformer.wte.weight
+    gpt.load_state_dict(random_tiny().state_dict())
+    assert gpt.lm_head.weight is gpt.transformer.wte.weight
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [({"n_embd": 25}, "multiple"), ({"n_layer": 0}, "n_layer"), ({"vocab_size": -1}, "vocab_size")],
+)
+def test_impossible_configuration(sizes, told):
+    with pytest.raises(ValueError, match=told):
+        GPTConfig(**sizes)
+
+
+# Initialisation
+
+
+def test_initial_weights_bit_for_bit(d12):
+    generator = torch.Generator().manual_seed(42)
+
+    def draw(rows: int, columns: int, std: float = 0.02) -> torch.Tensor:
+        return torch.empty(rows, columns).normal_(0.0, std, generator=generator)
+
+    residual_std = 0.02 / math.sqrt(2 * 12)
+    expected = {"transformer.wte.weight": draw(50257, 768), "transformer.wpe.weight": draw(1024, 768)}
+    for i in range(12):
+        expected[f"transformer.h.{i}.attn.c_attn.weight"] = draw(3 * 768, 768)
+        expected[f"transformer.h.{i}.attn.c_proj.weight"] = draw(768, 768, residual_std)
+        expected[f"transformer.h.{i}.mlp.c_fc.weight"] = draw(4 * 768, 768)
+        expected[f"transformer.h.{i}.mlp.c_proj.weight"] = draw(768, 4 * 768, residual_std)
+    for name, param in d12.named_parameters():
+        if name in expected:
+            assert torch.equal(param, expected.pop(name)), name
+        elif ".ln_" in name and name.endswith("weight"):
+            assert torch.all(param == 1), name
+        else:
+            assert name.endswith("bias") and torch.all(param == 0), name
+    assert not expected
+
+
+def test_loss_at_initialisation_is_that_of_guessing(d12):
+    ids = random_ids(1, 65, vocab_size=50257)
+    with torch.no_grad():
+        _, loss = d12(ids[:, :-1], ids[:, 1:], return_logits=False)
+    assert abs(loss.item() - math.log(50257)) < 0.2
+
+
+def test_construction_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    GPT(TINY)
+    GPT(TINY, init=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Forward
+
+
+def test_both_forms_of_attention_agree(d12):
+    flash = GPT(PRESETS["d12"], EAGER_SDPA, init=False)
+    flash.load_state_dict(d12.state_dict())
+    ids = random_ids(1, 97, vocab_size=50257)
+    with torch.no_grad():
+        explicit_logits, explicit_loss = d12(ids[:, :-1], ids[:, 1:])
+        flash_logits, flash_loss = flash(ids[:, :-1], ids[:, 1:])
+    assert flash.transformer.h[0].attn.ops.attention is not d12.transformer.h[0].attn.ops.attention
+    torch.testing.assert_close(flash_logits, explicit_logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(flash_loss, explicit_loss, rtol=0, atol=1e-5)
+
+
+def plain_gpt2(weights: dict[str, torch.Tensor], idx: torch.Tensor, targets: torch.Tensor) -> tuple:
+    """GPT-2 as its formulas say, a block as x = x + attn(ln_1(x)), x = x + mlp(ln_2(x))."""
+    w = {name.removeprefix("transformer."): value for name, value in weights.items()}
+    B, T = idx.shape
+    C, H = TINY.n_embd, TINY.n_head
+
+    def linear(x, name):
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, (C,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
+
+    def attn(x, name):
+        q, k, v = linear(x, f"{name}.c_attn").split(C, dim=2)
+        q, k, v = (part.view(B, T, H, C // H).transpose(1, 2) for part in (q, k, v))
+        scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(C // H))
+        allowed = torch.tril(torch.ones(T, T)).view(1, 1, T, T)
+        scores = scores.masked_fill(allowed == 0, float("-inf"))
+        y = F.softmax(scores, dim=-1) @ v
+        return linear(y.transpose(1, 2).contiguous().view(B, T, C), f"{name}.c_proj")
+
+    def mlp(x, name):
+        x = linear(x, f"{name}.c_fc")
+        x = 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+        return linear(x, f"{name}.c_proj")
+
+    x = F.embedding(idx, w["wte.weight"]) + F.embedding(torch.arange(T), w["wpe.weight"])
+    for i in range(TINY.n_layer):
+        x = x + attn(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn")
+        x = x + mlp(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp")
+    logits = F.linear(norm(x, "ln_f"), w["wte.weight"])
+    loss = F.cross_entropy(logits.view(-1, TINY.vocab_size), targets.reshape(-1), ignore_index=-1)
+    return logits, loss
+
+
+def test_forward_and_gradients_have_the_bits_of_a_plain_implementation():
+    gpt = random_tiny()
+    idx, targets = random_ids(2, 11), random_ids(2, 11, seed=6)
+    targets[0, 3] = -1
+    weights = {name: param.detach().clone().requires_grad_() for name, param in gpt.named_parameters()}
+
+    logits, loss = gpt(idx, targets)
+    loss.backward()
+    plain_logits, plain_loss = plain_gpt2(weights, idx, targets)
+    plain_loss.backward()
+
+    assert torch.equal(logits, plain_logits)
+    assert torch.equal(loss, plain_loss)
+    for name, grad in grads(gpt).items():
+        assert torch.equal(grad, weights[name].grad), name
+
+
+def test_forward_with_and_without_targets():
+    gpt = random_tiny()
+    idx, targets = random_ids(2, 11), random_ids(2, 11, seed=6)
+    logits, loss = gpt(idx, targets)
+    assert logits.shape == (2, 11, TINY.vocab_size) and loss.shape == ()
+    last, no_loss = gpt(idx)
+    assert last.shape == (2, 1, TINY.vocab_size) and no_loss is None
+    torch.testing.assert_close(last[:, 0], logits[:, -1])
+    assert gpt(idx, return_logits=False) == (None, None)
+
+
+def test_loss_without_logits_is_the_same_loss():
+    idx, targets = random_ids(2, 11), random_ids(2, 11, seed=6)
+    targets[1, :4] = -1
+    with_logits, without = random_tiny(), random_tiny()
+    _, loss = with_logits(idx, targets)
+    logits, same_loss = without(idx, targets, return_logits=False)
+    assert logits is None and torch.equal(same_loss, loss)
+    loss.backward()
+    same_loss.backward()
+    for name, grad in grads(with_logits).items():
+        assert torch.equal(grads(without)[name], grad), name
+
+
+def test_targets_of_minus_one_do_not_count():
+    gpt = random_tiny()
+    idx, targets = random_ids(2, 11), random_ids(2, 11, seed=6)
+    targets[0, 2:9] = -1
+    logits, loss = gpt(idx, targets)
+    kept = targets != -1
+    losses = -torch.log_softmax(logits[kept].double(), dim=-1).gather(1, targets[kept][:, None])
+    assert loss.item() == pytest.approx(losses.mean().item(), rel=1e-5)
+
+
+def test_sequence_longer_than_the_block():
+    gpt = random_tiny()
+    gpt(random_ids(1, TINY.block_size))
+    with pytest.raises(ValueError, match="17 tokens is longer than block_size 16"):
+        gpt(random_ids(1, TINY.block_size + 1))
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+@pytest.mark.parametrize("ops", [EAGER, EAGER_SDPA], ids=["explicit", "sdpa"])
+def test_compiled_as_one_graph(ops, return_logits):
+    gpt, same = random_tiny(ops), random_tiny(ops)
+    idx, targets = random_ids(2, 11), random_ids(2, 11, seed=6)
+    torch.compiler.reset()
+    _, loss = torch.compile(gpt, backend="aot_eager", fullgraph=True)(idx, targets, return_logits=return_logits)
+    _, expected = same(idx, targets, return_logits=return_logits)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for name, grad in grads(same).items():
+        torch.testing.assert_close(grads(gpt)[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# Sampling
+
+
+@pytest.fixture
+def seeded():
+    """Sampling draws from torch's global random state: fix it, and put it back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        yield
+
+
+def argmax_continuation(gpt: GPT, idx: torch.Tensor, n: int) -> torch.Tensor:
+    for _ in range(n):
+        logits, _ = gpt(idx[:, -TINY.block_size :])
+        idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("how", [{"top_k": 1}, {"temperature": 1e-5}], ids=["top-1", "cold"])
+def test_the_likeliest_only_is_argmax(seeded, how):
+    gpt, start = random_tiny(), random_ids(3, 5)
+    ids = gpt.generate(start, 20, **how)  # runs past the block, so that the context is cropped
+    assert torch.equal(ids, argmax_continuation(gpt, start, 20))
+
+
+def test_context_is_cropped_from_the_left(seeded):
+    gpt, start = random_tiny(), random_ids(2, TINY.block_size + 4)
+    ids = gpt.generate(start, 1, top_k=1)
+    assert ids.shape == (2, TINY.block_size + 5) and torch.equal(ids[:, :-1], start)
+    assert torch.equal(ids[:, -1:], gpt.generate(start[:, 4:], 1, top_k=1)[:, -1:])
+
+
+def test_samples_follow_the_distribution(seeded):
+    gpt, start = random_tiny(), random_ids(1, 5)
+    ids = gpt.generate(start.expand(20_000, -1), 1, temperature=2.0)[:, -1]
+    with torch.no_grad():
+        probs = torch.softmax(gpt(start)[0][0, 0].double() / 2.0, dim=0)
+    counts = torch.bincount(ids, minlength=TINY.vocab_size)
+    deviation = (counts - 20_000 * probs).abs() / (20_000 * probs * (1 - probs)).sqrt()
+    assert deviation.max() < 5  # standard deviations
+
+
+def test_samples_are_among_the_top_k(seeded):
+    gpt, start = random_tiny(), random_ids(1, 5)
+    ids = gpt.generate(start.expand(2000, -1), 1, temperature=5.0, top_k=3)[:, -1]
+    with torch.no_grad():
+        top = torch.topk(gpt(start)[0][0, 0], 3).indices
+    assert set(ids.tolist()) == set(top.tolist())
+
+
+def test_top_k_beyond_the_vocabulary_is_all_of_it(seeded):
+    assert random_tiny().generate(random_ids(1, 2), 3, top_k=1000).shape == (1, 5)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_ids_stay_below_the_vocabulary_where_the_head_is_padded(seeded, monkeypatch, top_k):
+    gpt = random_tiny()
+    plain = gpt.lm_head.forward
+    monkeypatch.setattr(gpt.lm_head, "forward", lambda x: F.pad(plain(x), (0, 7), value=1e4))
+    assert gpt.generate(random_ids(50, 2), 4, top_k=top_k).max() < TINY.vocab_size
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": -1.0}, {"top_k": 0}, {"top_k": -3}])
+def test_impossible_sampling(how):
+    with pytest.raises(ValueError, match=next(iter(how))):
+        random_tiny().generate(random_ids(1, 2), 1, **how)
