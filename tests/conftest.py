@@ -1,0 +1,131 @@
+"""Fixtures that more than one folder of tests uses."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data.shards import write_shard
+from kernels.ops import EAGER
+from model.gpt import GPT, GPTConfig
+from model.llmc import write_model
+
+ROOT = Path(__file__).parent.parent
+TINY = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none; pytest's closing line counts them."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+
+
+def pytest_configure(config):
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
+@dataclass
+class Run:
+    """What a run of train.py left."""
+
+    output_dir: Path
+    screen: str
+
+    @property
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.metrics]
+
+    @property
+    def log(self) -> list[str]:
+        return (self.output_dir / "main.log").read_text().splitlines()
+
+
+@pytest.fixture(autouse=True)
+def _keep_process_state():
+    """train.main listens to Ctrl-C and may set the matmul precision; both belong to the process."""
+    handler, precision = signal.getsignal(signal.SIGINT), torch.get_float32_matmul_precision()
+    yield
+    signal.signal(signal.SIGINT, handler)
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> dict[str, str]:
+    """A tiny network and shards that it can learn from: the flags that name them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_model(folder / "gpt2_tiny.bin", GPT(TINY, EAGER))
+    rng = np.random.default_rng(7)
+    # A random walk over the vocabulary: the next token is near the last one, which a bigram model can find out.
+    for name, n_tokens in {"train_0": 2003, "train_1": 1501, "val_0": 1009}.items():
+        walk = np.cumsum(rng.integers(-2, 3, n_tokens)) % TINY.vocab_size
+        write_shard(folder / f"{name}.bin", walk.astype(np.uint16))
+    return {
+        "--model": str(folder / "gpt2_tiny.bin"),
+        "--input_bin": str(folder / "train_*.bin"),
+        "--input_val_bin": str(folder / "val_*.bin"),
+        "--device": "cpu",
+        "--batch_size": "4",
+        "--sequence_length": "16",
+        "--total_batch_size": "128",
+        "--num_iterations": "5",
+        "--learning_rate": "3e-3",
+        "--val_loss_every": "0",
+    }
+
+
+def command_line(flags: dict) -> list[str]:
+    """{"--flag": value} as arguments."""
+    return [str(word) for pair in flags.items() for word in pair]
+
+
+@pytest.fixture
+def run_tiny(tiny, tmp_path, capsys):
+    """Run train.py on the tiny network in this process, with more flags or others."""
+    numbers = itertools.count()
+
+    def run(expect_status: int = 0, **flags) -> Run:
+        output_dir = tmp_path / f"run{next(numbers)}"
+        given = {f"--{name}": value for name, value in flags.items()}
+        status = train.main(command_line(tiny | {"--output_dir": output_dir} | given))
+        assert status == expect_status
+        return Run(Path(given.get("--output_dir", output_dir)), capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def torchrun_tiny(tiny, tmp_path):
+    """Run train.py on the tiny network under torchrun, with so many gloo ranks."""
+
+    def run(ranks: int, **flags) -> Run:
+        output_dir = tmp_path / f"ranks{ranks}-{'-'.join(f'{name}{value}' for name, value in flags.items())}"
+        given = tiny | {"--output_dir": output_dir} | {f"--{name}": value for name, value in flags.items()}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = subprocess.run(
+            [*command, "train.py", *command_line(given)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return Run(output_dir, done.stdout)
+
+    return run

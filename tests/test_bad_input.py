@@ -1,0 +1,183 @@
+"""Bad input: exit status 2, one line that names the flag or the file and says what to do, nothing written."""
+
+import os
+import resource
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from kernels.ops import EAGER
+from model.gpt import GPT
+from model.llmc import write_model
+from tests.conftest import ROOT, TINY, command_line
+
+
+def shard_bytes(magic=20240520, version=1, claimed=None, tokens=None) -> bytes:
+    tokens = np.arange(500) % TINY.vocab_size if tokens is None else np.asarray(tokens)
+    header = [magic, version, len(tokens) if claimed is None else claimed]
+    return struct.pack("<256i", *header, *[0] * 253) + tokens.astype("<u2").tobytes()
+
+
+@pytest.fixture
+def refused(tiny, tmp_path, capfd):
+    """Run with the tiny flags and others; check how it is refused; return the line on standard error."""
+
+    def run(flags: dict) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        output = {"--output_dir": str(tmp_path / "run")}
+        with pytest.raises(SystemExit) as stopped:
+            train.main(command_line(tiny | output | flags))
+        assert stopped.value.code == 2
+        errors = capfd.readouterr().err.strip()
+        assert errors.startswith("train.py: ") and "\n" not in errors and "Traceback" not in errors
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        return errors
+
+    return run
+
+
+@pytest.mark.parametrize("which", ["--input_bin", "--input_val_bin"])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (shard_bytes(magic=7), ["magic", "7", "20240520"]),
+        (shard_bytes(version=9), ["version", "9"]),
+        (shard_bytes(claimed=501), ["501", "500"]),
+        (shard_bytes()[:700], ["header"]),
+        (shard_bytes(tokens=np.arange(60)), ["60", "65"]),  # 4 × 16 + 1 are needed
+        (shard_bytes(tokens=[0] * 300 + [TINY.vocab_size] + [0] * 99), ["300", "61"]),
+    ],
+    ids=["magic", "version", "claims-more", "no-header", "too-small", "token-id"],
+)
+def test_shards(refused, tmp_path, which, content, told):
+    path = tmp_path / "bad_shard.bin"
+    path.write_bytes(content)
+    line = refused({which: path, "--val_loss_every": 1})
+    for word in [str(path), *told]:
+        assert word in line, line
+
+
+def test_no_shard_matches(refused, tmp_path):
+    pattern = str(tmp_path / "nothing_*.bin")
+    assert pattern in refused({"--input_bin": pattern})
+
+
+def test_total_batch_size(refused):
+    assert "the nearest that is: 64 or 128" in refused({"--total_batch_size": 100})
+
+
+def test_sequence_longer_than_the_block(refused):
+    line = refused({"--sequence_length": 64, "--total_batch_size": 256})
+    assert "--sequence_length 64" in line and "block_size 32" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"--model": "gpt5"}, ["--model gpt5", "d12"]),
+        ({"--model": "runs/not_there"}, ["--model runs/not_there"]),
+        ({"--model": "./not_there"}, ["--model ./not_there"]),
+        ({"--dtype": "float64"}, ["--dtype", "float32"]),
+        ({"--device": "tpu"}, ["--device tpu", "cuda"]),
+        ({"--zero_stage": 1}, ["--zero_stage 1", "torchrun"]),
+        ({"--sample_every": 1}, ["--sample_every", "61"]),
+        ({"--val_loss_every": 1, "--input_val_bin": ""}, ["--val_loss_every", "--input_val_bin"]),
+    ],
+)
+def test_flags(refused, flags, told):
+    line = refused(flags)
+    for word in told:
+        assert word in line, line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_where_there_is_none(refused):
+    assert "--device cuda: there is none here" in refused({"--device": "cuda"})
+
+
+def test_model_file_cut_short(refused, tmp_path):
+    path = tmp_path / "gpt2_short.bin"
+    write_model(path, GPT(TINY, EAGER))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    line = refused({"--model": path})
+    assert str(path) in line and str(len(whole)) in line.replace(",", "")
+
+
+def test_model_file_that_is_not_there(refused, tmp_path):
+    assert "gpt2_none.bin" in refused({"--model": tmp_path / "gpt2_none.bin"})
+
+
+def test_hub_that_cannot_be_reached(refused, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    line = refused({"--model": "gpt2", "--sequence_length": 16})
+    assert "gpt2" in line and "d12" in line
+
+
+def test_output_dir_is_a_file(refused, tmp_path):
+    path = tmp_path / "a_file"
+    path.write_text("mine")
+    assert f"--output_dir {path} is a file" in refused({"--output_dir": path})
+    assert path.read_text() == "mine"
+
+
+def test_output_dir_with_something_in_it(refused, tmp_path):
+    path = tmp_path / "notes"
+    path.mkdir()
+    (path / "main.log").write_text("mine")
+    assert f"--output_dir {path} is not empty" in refused({"--output_dir": path})
+    assert (path / "main.log").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
+def test_read_only_disk(refused):
+    assert "--output_dir /proc/run" in refused({"--output_dir": "/proc/run"})
+
+
+def test_disk_without_room_for_the_weights(refused, monkeypatch):
+    usage = type("usage", (), {"free": 2**10})
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
+    line = refused({})
+    assert "the disk has 0 MiB left" in line
+
+
+def test_disk_that_fills_up_while_the_weights_are_written(tiny, tmp_path):
+    """A limit on the size of files stands in for the full disk: write(2) fails in the same way, half-way through."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    flags = tiny | {"--output_dir": tmp_path / "run", "--num_iterations": 1}
+    done = subprocess.run(
+        [sys.executable, "train.py", *command_line(flags)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=limit,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"train.py: cannot write {tmp_path / 'run' / 'model.bin'}: ")
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "model.bin" not in left and not any(name.endswith(".part") for name in left)
+    assert {"main.log", "metrics.jsonl", "config.json"} <= left
+
+
+def test_command_line_in_a_process_of_its_own(tmp_path):
+    """The same through the shell: status 2, one line, no traceback."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--no_such_flag", "1"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "train.py: unrecognized arguments: --no_such_flag 1; see python train.py --help\n"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,260 @@
+"""The main job, end to end: the loop against one written here in plain PyTorch, and everything that a run leaves."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from data.shards import open_shard
+from model import llmc
+from tests.conftest import ROOT, TINY, command_line
+
+
+def tokens_of(pattern: str) -> list[torch.Tensor]:
+    paths = sorted(Path(pattern).parent.glob(Path(pattern).name))
+    return [torch.from_numpy(np.asarray(open_shard(path)).astype(np.int64)) for path in paths]
+
+
+def windows(shards: list[torch.Tensor], B: int, T: int):
+    """Inputs and targets of one process, forever: SPEC section 2 for a world of 1."""
+    while True:
+        for shard in shards:
+            for base in range(0, len(shard) - B * T, B * T):
+                window = shard[base : base + B * T + 1]
+                yield window[:-1].view(B, T), window[1:].view(B, T)
+
+
+def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_loop_gives_the_bits_of_a_plain_one(tiny, run_tiny):
+    run = run_tiny(num_iterations=12, warmup_iters=3, learning_rate_decay_frac=0.1, weight_decay=0.1, grad_clip=0.7)
+
+    gpt = llmc.load_model(Path(tiny["--model"]))
+    batches = windows(tokens_of(tiny["--input_bin"]), B=4, T=16)
+    params = list(gpt.parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for step, got in enumerate(run.metrics):
+        loss = 0.0
+        for _ in range(2):  # 128 tokens an update are two micro-batches of 4 × 16
+            x, y = next(batches)
+            logits = gpt(x, y)[0]
+            micro_loss = F.cross_entropy(logits.view(-1, TINY.vocab_size), y.reshape(-1)) / 2
+            micro_loss.backward()
+            loss += micro_loss.item()
+        lr = 3e-3 * (step + 1) / 3 if step < 3 else 3e-4 + 0.5 * 2.7e-3 * (1 + math.cos(math.pi * (step - 3) / 9))
+        norm = torch.stack([p.grad.norm() for p in params]).norm().item()
+        for p in params:
+            p.grad *= min(1.0, 0.7 / (norm + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        assert got["step"] == step and got["tokens"] == 128 * (step + 1)
+        assert got["loss"] == pytest.approx(loss, rel=1e-6)
+        assert got["norm"] == pytest.approx(norm, rel=1e-5)
+        assert got["lr"] == pytest.approx(lr, rel=1e-12)
+    trained = llmc.load_model(run.output_dir)
+    assert run.losses[-1] < run.losses[0] - 0.1
+    assert any(line["norm"] > 0.7 for line in run.metrics)  # the clip had something to do
+    for name, weight in gpt.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], weight, rtol=2e-4, atol=2e-6)
+
+
+def test_two_runs_are_the_same_bits(run_tiny):
+    first, second = run_tiny(), run_tiny()
+    assert first.losses == second.losses
+    assert same_state(llmc.load_model(first.output_dir), llmc.load_model(second.output_dir))
+
+
+def test_run_directory_and_logs(run_tiny, tiny):
+    run = run_tiny(val_loss_every=2, val_max_steps=3)
+    names = {path.name for path in run.output_dir.iterdir()}
+    assert names == {"main.log", "metrics.jsonl", "loss.png", "config.json", "model.bin"}
+    kinds = [re.fullmatch(r"s:(\d+) (tel|trl):\d+\.\d{6}", line).groups() for line in run.log]
+    tel, trl = "tel", "trl"
+    order = [(0, tel), (0, trl), (1, trl), (2, tel), (2, trl), (3, trl), (4, tel), (4, trl), (5, tel)]
+    assert kinds == [(str(step), kind) for step, kind in order]
+    assert [line["step"] for line in run.metrics] == [0, 1, 2, 3, 4]
+    keys = {"step", "tokens", "loss", "norm", "lr", "ms", "tok_per_s", "mfu", "memory_mib"}
+    assert all(line.keys() == keys for line in run.metrics)
+    assert all(line["mfu"] is None for line in run.metrics)  # nobody knows the peak of a CPU
+    config = json.loads((run.output_dir / "config.json").read_text())
+    assert config["flags"]["val_loss_every"] == 2 and config["flags"]["model"] == tiny["--model"]
+    assert config["network"]["n_embd"] == TINY.n_embd
+    assert str(run.output_dir) in run.screen and "python -m model.hf export" in run.screen
+    assert "10 tensors (2" not in run.screen and re.search(r"10 tensors \([\d,]+ parameters\) decay", run.screen)
+    assert "mean of the last 4 steps" in run.screen
+    for line in run.metrics:
+        assert f"step {line['step'] + 1}/5 | train loss {line['loss']:.6f} | norm {line['norm']:.4f}" in run.screen
+
+
+def test_validation_is_the_mean_of_the_first_batches_each_time(tiny, run_tiny):
+    run = run_tiny(val_loss_every=5, val_max_steps=3, learning_rate=0)
+    gpt = llmc.load_model(Path(tiny["--model"]))
+    batches = windows(tokens_of(tiny["--input_val_bin"]), B=4, T=16)
+    with torch.no_grad():
+        want = sum(gpt(*next(batches))[1].item() for _ in range(3)) / 3
+    got = [float(line.split("tel:")[1]) for line in run.log if "tel" in line]
+    assert got == pytest.approx([want, want], abs=1e-5)
+
+
+def test_a_run_directory_can_be_trained_from(run_tiny):
+    first = run_tiny(num_iterations=30)
+    second = run_tiny(model=first.output_dir)
+    assert second.losses[0] < first.losses[0] - 0.3
+    assert same_state(
+        llmc.load_model(first.output_dir), llmc.load_model(run_tiny(model=first.output_dir, learning_rate=0).output_dir)
+    )
+
+
+def test_overfitting_a_single_batch(run_tiny):
+    run = run_tiny(overfit_single_batch=1, num_iterations=60, total_batch_size=64, learning_rate=1e-2)
+    assert run.losses[-1] < 0.5 < 3.5 < run.losses[0]
+
+
+def test_flash_trains_like_the_explicit_attention(run_tiny):
+    assert run_tiny(flash=1).losses == pytest.approx(run_tiny(flash=0).losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_is_close_and_trains(run_tiny, dtype):
+    reference = run_tiny(num_iterations=12)
+    run = run_tiny(num_iterations=12, dtype=dtype)
+    assert run.losses[0] != reference.losses[0]  # autocast was on
+    assert run.losses == pytest.approx(reference.losses, rel=2e-2)
+
+
+def test_float16_scales_its_losses(run_tiny, monkeypatch):
+    scales = []
+    scale = torch.amp.GradScaler.scale
+
+    def spy(self, loss):
+        scales.append(self.get_scale() if self.is_enabled() else None)
+        return scale(self, loss)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", spy)
+    run_tiny(dtype="float16", num_iterations=2)
+    run_tiny(dtype="bfloat16", num_iterations=1)
+    assert scales[:4] == [65536.0] * 4 and scales[4:] == [None] * 2
+
+
+def test_compile_gives_the_losses_of_eager(run_tiny, monkeypatch):
+    compile = torch.compile
+    asked = []
+
+    def without_code_generation(model, **options):
+        asked.append(options)
+        return compile(model, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", without_code_generation)
+    got = run_tiny(compile=1, val_loss_every=2, num_iterations=3).losses
+    assert asked == [{"fullgraph": True}]
+    assert got == pytest.approx(run_tiny(num_iterations=3).losses, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compile_with_inductor(run_tiny):
+    assert run_tiny(compile=1, val_loss_every=2).losses == pytest.approx(run_tiny().losses, rel=1e-5)
+
+
+def test_inference_only_measures_forward_passes(run_tiny):
+    run = run_tiny(inference_only=1)
+    assert run.losses[0] == run_tiny(num_iterations=1).losses[0]
+    assert all(line["norm"] is None for line in run.metrics)
+    assert not (run.output_dir / "model.bin").exists()
+    assert "| norm" not in run.screen
+
+
+def test_nothing_is_written_without_an_output_dir(run_tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_tiny(output_dir="")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_tensors_leaves_the_run_unchanged(run_tiny, tiny):
+    plain = run_tiny()
+    run = run_tiny(write_tensors=1)
+    assert run.losses == plain.losses
+    assert same_state(llmc.load_model(run.output_dir), llmc.load_model(plain.output_dir))
+    # The files hold what the run started from, and its first batch.
+    assert same_state(llmc.load_model(run.output_dir / "gpt2_tiny.bin"), llmc.load_model(Path(tiny["--model"])))
+    assert (run.output_dir / "gpt2_tiny_bf16.bin").exists()
+    state = (run.output_dir / "gpt2_tiny_debug_state.bin").read_bytes()
+    x, y = next(windows(tokens_of(tiny["--input_bin"]), B=4, T=16))
+    header = np.frombuffer(state, "<i4", 256)
+    assert header[:4].tolist() == [20240327, 2, 4, 16]
+    assert np.array_equal(np.frombuffer(state, "<i4", 64, offset=1024), x.flatten().numpy())
+    assert np.array_equal(np.frombuffer(state, "<i4", 64, offset=1280), y.flatten().numpy())
+    assert not (run.output_dir / "gpt2_tokenizer.bin").exists()  # 61 tokens are not GPT-2's
+
+
+def test_without_any_flag_but_the_number_of_steps(tmp_path, monkeypatch, capsys):
+    """The embedded corpus, nano, validation and samples; the run goes into a new folder under runs/."""
+    monkeypatch.chdir(tmp_path)
+    flags = {"--device": "cpu", "--num_iterations": 2, "--val_max_steps": 1, "--write_tensors": 1}
+    assert train.main(command_line(flags)) == 0
+    (output_dir,) = (tmp_path / "runs").iterdir()
+    assert output_dir.name.endswith("-nano") or output_dir.name.endswith("_nano")
+    screen = capsys.readouterr().out
+    assert "7,259,008 parameters" in screen
+    losses = [float(line.split("l:")[1]) for line in (output_dir / "main.log").read_text().splitlines()]
+    assert len(losses) == 4 and all(10 < loss < 11.2 for loss in losses)
+    assert screen.count("sample: ") == 2
+    expected = {f"gpt2_nano{kind}.bin" for kind in ("", "_bf16", "_debug_state")} | {"gpt2_tokenizer.bin", "model.bin"}
+    assert {path.name for path in output_dir.glob("*.bin")} == expected
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda format: "now")
+    for _ in range(2):
+        train.main(command_line(tiny | {"--num_iterations": 1}))
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["now_tiny", "now_tiny-2"]
+
+
+def test_ctrl_c_ends_the_run_with_everything_on_disk(tiny, tmp_path):
+    flags = tiny | {"--output_dir": tmp_path / "run", "--num_iterations": 100000, "--val_loss_every": 1000}
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *command_line(flags)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "run" / "main.log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "s:5 trl" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    screen, errors = process.communicate(timeout=60)
+    assert process.returncode == train.INTERRUPTED, errors
+    assert errors == ""
+    steps = int(re.search(r"stopped by Ctrl-C after step (\d+) of 100000", screen)[1])
+    assert log.read_text().splitlines()[-1].startswith(f"s:{steps - 1} trl:")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == steps
+    assert (tmp_path / "run" / "loss.png").exists()
+    assert not same_state(llmc.load_model(tmp_path / "run"), llmc.load_model(Path(tiny["--model"])))

@@ -1,0 +1,60 @@
+"""The main job on a GPU: the same losses as on the CPU, in every precision, through the prefetching loader and NCCL."""
+
+import pytest
+import torch
+
+from data.loader import ShardLoader
+from training.distributed import start
+
+pytestmark = pytest.mark.gpu
+
+
+def test_prefetched_batches_are_those_of_the_cpu(tiny):
+    on_cpu = ShardLoader(tiny["--input_bin"], 4, 16)
+    on_gpu = ShardLoader(tiny["--input_bin"], 4, 16, device=torch.device("cuda"))
+    for step in range(120):  # several times round the shards
+        if step == 50:
+            on_gpu.load_state_dict(on_cpu.state_dict())
+        if step == 80:
+            on_cpu.reset()
+            on_gpu.reset()
+        for ours, theirs in zip(on_gpu.next_batch(), on_cpu.next_batch(), strict=True):
+            assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
+
+
+def test_float32_has_the_losses_of_the_cpu(run_tiny):
+    want = run_tiny(num_iterations=10, val_loss_every=5)
+    got = run_tiny(num_iterations=10, val_loss_every=5, device="cuda")
+    assert got.losses == pytest.approx(want.losses, rel=1e-4)
+    assert [line["norm"] for line in got.metrics] == pytest.approx([line["norm"] for line in want.metrics], rel=1e-3)
+
+
+def test_two_runs_are_the_same_bits_on_a_gpu(run_tiny):
+    assert run_tiny(device="cuda").losses == run_tiny(device="cuda").losses
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"tensorcores": 1}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"flash": 1, "dtype": "bfloat16"}],
+    ids=lambda flags: "-".join(f"{name}{value}" for name, value in flags.items()),
+)
+def test_low_precision_is_close_on_a_gpu(run_tiny, flags):
+    want = run_tiny(num_iterations=10)
+    assert run_tiny(num_iterations=10, device="cuda", **flags).losses == pytest.approx(want.losses, rel=2e-2)
+
+
+def test_compile_on_a_gpu(run_tiny):
+    want = run_tiny(device="cuda", val_loss_every=2)
+    assert run_tiny(device="cuda", val_loss_every=2, compile=1).losses == pytest.approx(want.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_nccl(run_tiny, torchrun_tiny, zero_stage):
+    ranks = torch.cuda.device_count() if torch.cuda.device_count() in (2, 4) else 1
+    flags = {"total_batch_size": 256, "device": "cuda"}
+    one = run_tiny(**flags, batch_size=4 * ranks)
+    assert torchrun_tiny(ranks, **flags, zero_stage=zero_stage).losses == pytest.approx(one.losses, rel=1e-4)
+
+
+def test_the_device_is_a_type_with_an_index():
+    assert start("cuda").device == torch.device("cuda", 0)

@@ -1,0 +1,103 @@
+"""Flags: defaults, help, and what is refused before anything is touched."""
+
+import dataclasses
+
+import pytest
+
+from common import BadInput
+from training.config import Config, parse
+
+# The flags of SPEC section 4, and --tensorboard.
+FLAGS = {
+    *("input_bin", "input_val_bin", "output_dir", "model", "batch_size", "sequence_length", "total_batch_size"),
+    *("num_iterations", "inference_only", "learning_rate", "warmup_iters", "learning_rate_decay_frac", "weight_decay"),
+    *("grad_clip", "val_loss_every", "val_max_steps", "sample_every", "overfit_single_batch", "tensorcores", "device"),
+    *("compile", "flash", "dtype", "zero_stage", "write_tensors", "tensorboard"),
+}
+
+
+def test_every_flag_is_there_and_nothing_else():
+    assert {field.name for field in dataclasses.fields(Config)} == FLAGS
+
+
+def test_help_lists_every_flag_in_groups_with_a_sentence(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for name in FLAGS:
+        assert f"--{name} " in text
+    for group in ("model", "data", "batch", "optimisation", "evaluation", "machine", "output"):
+        assert f"\n{group}:\n" in text
+    for field in dataclasses.fields(Config):
+        assert field.metadata["help"].endswith("."), field.name
+
+
+@pytest.mark.parametrize(
+    ("device", "model", "B", "T", "total", "steps", "lr"),
+    [("cpu", "nano", 8, 128, 1024, 200, 2e-3), ("cuda", "d12", 4, 1024, 16384, 200, 6e-4)],
+)
+def test_defaults_follow_the_device(device, model, B, T, total, steps, lr):
+    config = parse([]).resolved(device, world_size=1)
+    assert (config.model, config.batch_size, config.sequence_length) == (model, B, T)
+    assert (config.total_batch_size, config.num_iterations, config.learning_rate) == (total, steps, lr)
+    assert (config.overfit_single_batch, config.write_tensors, config.zero_stage) == (0, 0, 0)
+    assert (config.dtype, config.grad_clip, config.val_max_steps) == ("float32", 1.0, 20)
+
+
+def test_what_is_given_is_kept():
+    config = parse(["--model", "d24", "--learning_rate", "1e-5", "--batch_size", "2"]).resolved("cuda", 1)
+    assert (config.model, config.learning_rate, config.batch_size) == ("d24", 1e-5, 2)
+
+
+def test_default_total_batch_grows_to_a_multiple():
+    assert parse([]).resolved("cuda", world_size=8).total_batch_size == 4 * 1024 * 8
+    assert parse(["--batch_size", "3"]).resolved("cpu", world_size=1).total_batch_size == 3 * 128 * 3
+    assert parse([]).resolved("cuda", world_size=2).grad_accum_steps(2) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "nearest"),
+    [("--batch_size 4 --sequence_length 64 --total_batch_size 1000", 1, "768 or 1024"),
+     ("--batch_size 4 --sequence_length 64 --total_batch_size 1000", 8, "2048"),
+     ("--batch_size 4 --sequence_length 64 --total_batch_size 100", 1, "256")],
+)  # fmt: skip
+def test_total_batch_that_is_no_multiple_names_the_nearest(flags, world_size, nearest):
+    with pytest.raises(BadInput, match=f"^--total_batch_size .*nearest that is: {nearest}$"):
+        parse(flags.split()).resolved("cpu", world_size)
+
+
+def test_validation_defaults_to_on_only_where_there_are_shards():
+    assert parse([]).resolved("cpu", 1).val_loss_every == 50
+    assert parse(["--input_bin", "a"]).resolved("cpu", 1).val_loss_every == 0
+    assert parse(["--input_bin", "a", "--input_val_bin", "b"]).resolved("cpu", 1).val_loss_every == 50
+    assert parse(["--input_val_bin", ""]).resolved("cpu", 1).val_loss_every == 0
+    for without in (["--input_bin", "a"], ["--input_val_bin", ""]):
+        with pytest.raises(BadInput, match="--val_loss_every needs validation shards"):
+            parse([*without, "--val_loss_every", "5"]).resolved("cpu", 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--batch_size 0", "--batch_size is 0"),
+        ("--sequence_length -3", "--sequence_length is -3"),
+        ("--num_iterations -1", "--num_iterations is -1"),
+        ("--learning_rate nan", "--learning_rate is nan"),
+        ("--grad_clip inf", "--grad_clip is inf"),
+        ("--weight_decay -0.1", "--weight_decay is -0.1"),
+        ("--dtype int8", "--dtype: invalid choice"),
+        ("--compile 2", "--compile: invalid choice"),
+        ("--zero_stage 4", "--zero_stage: invalid choice"),
+        ("--batch_size four", "--batch_size: invalid int value"),
+        ("--no_such_flag 1", "unrecognized arguments: --no_such_flag 1"),
+        ("--batch 4", "unrecognized arguments: --batch 4"),
+        ("--write_tensors 1 --output_dir=", "--write_tensors 1 has nowhere to write to"),
+        ("--tensorboard 1 --output_dir=", "--tensorboard 1 has nowhere to write to"),
+        ("--model=", "--model is"),
+        ("--input_bin=", "--input_bin is"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(flags, named):
+    with pytest.raises(BadInput, match=named):
+        parse(flags.split())

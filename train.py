@@ -1,0 +1,342 @@
+"""Pretrain GPT-2: `python train.py` trains on the spot, `torchrun --nproc_per_node 8 train.py ...` on many GPUs.
+
+`python train.py --help` lists the flags. The loop is `train`, below; everything before it sets up, everything after
+it is what the loop calls.
+"""
+
+import contextlib
+import dataclasses
+import json
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+from statistics import mean as average
+
+import torch
+
+from common import BadInput, atomic_write, exit_on_bad_input, write_errors
+from data.loader import ShardLoader
+from data.prepare import prepare_pydoc
+from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding, token_bytes
+from kernels.ops import EAGER, EAGER_SDPA
+from model import llmc
+from model.gpt import GPT
+from model.load import load
+from training import distributed, optim
+from training.config import Config, parse
+from training.distributed import StopRequest, World
+from training.flops import flops_per_token, peak_flops
+from training.log import RunLog, peak_memory_mib
+
+SEED = 42
+INTERRUPTED = 130
+"""exit status of a run that Ctrl-C ended, as shells count it"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (None: this process's own) and return the exit status."""
+    with exit_on_bad_input("train.py"):
+        config = parse(argv)
+        world = distributed.start(config.device, config.zero_stage)
+        status = run(config, world)
+        distributed.stop(world)
+        return status
+
+
+def run(config: Config, world: World) -> int:
+    """Set everything up, train, and leave the results in the run directory."""
+    stop = StopRequest().install()
+    torch.manual_seed(SEED)  # on every device, the same on every rank
+    if config.tensorcores:
+        torch.set_float32_matmul_precision("high")
+    config = config.resolved(world.device.type, world.size)
+    gpt = load(config.model, EAGER_SDPA if config.flash else EAGER)
+    config = check_against_model(config, gpt)
+    config, train_loader, val_loader = open_data(config, world, gpt)
+    output_dir = make_output_dir(config, gpt) if world.is_main else None
+    log = RunLog(output_dir, f"{config.model} on {world.size} × {device_name(world)}", bool(config.tensorboard))
+    if world.is_main:
+        describe(config, world, gpt, train_loader)
+    if output_dir:
+        write_config(output_dir / "config.json", config, world, gpt)
+    if config.write_tensors and output_dir:
+        write_tensors(output_dir, config, gpt, train_loader, world.device)
+    gpt.to(world.device)
+
+    steps_done = train(config, world, gpt, train_loader, val_loader, log, stop)
+
+    log.close()
+    if output_dir and not config.inference_only:
+        llmc.write_model(output_dir / llmc.RUN_WEIGHTS, gpt)
+    distributed.barrier(world)
+    if world.is_main:
+        conclude(config, output_dir, steps_done)
+    return 0 if steps_done == config.num_iterations else INTERRUPTED
+
+
+def train(
+    config: Config,
+    world: World,
+    gpt: GPT,
+    train_loader: ShardLoader,
+    val_loader: ShardLoader | None,
+    log: RunLog,
+    stop: StopRequest,
+) -> int:
+    """The loop. Updates `gpt` in place and returns the number of steps done, fewer than asked for after Ctrl-C."""
+    network = torch.compile(gpt, fullgraph=True) if config.compile else gpt
+    model = network if config.inference_only else distributed.data_parallel(network, world)
+    optimizer = optim.build(gpt, config)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
+    autocast = torch.autocast(world.device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
+    grad_mode = contextlib.nullcontext() if not config.inference_only else torch.no_grad()
+    grad_accum_steps = config.grad_accum_steps(world.size)
+    peak = peak_flops(device_name(world), config.dtype, config.tensorcores)
+    step_times = []
+
+    for step in range(config.num_iterations + 1):
+        last_step = step == config.num_iterations
+        if val_loader and is_due(config.val_loss_every, step, last_step):
+            val_loss = validate(network, val_loader, autocast, config, world)
+            log.validation(step, val_loss)
+            say(world, f"val loss {val_loss:.6f}")
+        if is_due(config.sample_every, step, last_step):
+            with autocast:
+                text = sample(gpt, world.device)
+            say(world, f"sample: {text!r}")
+        if last_step:
+            break
+
+        started = time.perf_counter()
+        if config.overfit_single_batch:
+            train_loader.reset()
+        loss = torch.zeros((), device=world.device)
+        for micro_step in range(grad_accum_steps):
+            x, y = train_loader.next_batch()
+            distributed.synchronise_gradients(model, now=micro_step == grad_accum_steps - 1)
+            with grad_mode, autocast:
+                _, micro_loss = model(x, y, return_logits=False)
+                micro_loss = micro_loss / grad_accum_steps  # so that gradients are the mean over the whole batch
+            loss += micro_loss.detach()
+            if not config.inference_only:
+                scaler.scale(micro_loss).backward()
+
+        lr = optim.learning_rate(step, config)
+        norm = None
+        if not config.inference_only:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.grad_clip or float("inf"))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+        # One small reduction a step: the loss over all ranks, and whether any rank was asked to stop.
+        asked = torch.tensor(float(stop.requested), device=world.device)
+        loss, asked = distributed.mean(torch.stack([loss, asked]), world).tolist()
+        seconds = time.perf_counter() - started  # .tolist() waited for the device
+        step_times.append(seconds)
+        tok_per_s = config.total_batch_size / seconds
+        flops = flops_per_token(gpt.config, config.sequence_length) * (1 / 3 if config.inference_only else 1)
+        metrics = {
+            "step": step,
+            "tokens": (step + 1) * config.total_batch_size,
+            "loss": loss,
+            "norm": None if norm is None else norm.item(),
+            "lr": lr,
+            "ms": 1e3 * seconds,
+            "tok_per_s": tok_per_s,
+            "mfu": flops * tok_per_s / (peak * world.size) if peak else None,
+            "memory_mib": peak_memory_mib(world.device),
+        }
+        log.train(metrics)
+        say(world, step_line(metrics, config.num_iterations))
+        if asked:
+            say(world, f"stopped by Ctrl-C after step {step + 1} of {config.num_iterations}")
+            break
+
+    if step_times:
+        recent = step_times[1:][-20:] or step_times
+        memory = peak_memory_mib(world.device)
+        peak_memory = "" if memory is None else f" | peak memory {memory:,.0f} MiB"
+        say(world, f"mean of the last {len(recent)} steps {1e3 * average(recent):.1f} ms{peak_memory}")
+    return len(step_times)
+
+
+def is_due(every: int, step: int, last_step: bool) -> bool:
+    """True on every `every`-th step and on the last; never where `every` is 0."""
+    return every > 0 and (step % every == 0 or last_step)
+
+
+@torch.no_grad()
+def validate(network: torch.nn.Module, loader: ShardLoader, autocast, config: Config, world: World) -> float:
+    """Mean loss in nats of the first `val_max_steps` batches, over all ranks."""
+    loader.reset()
+    total = torch.zeros((), device=world.device)
+    for _ in range(config.val_max_steps):
+        x, y = loader.next_batch()
+        with autocast:
+            _, loss = network(x, y, return_logits=False)
+        total += loss / config.val_max_steps
+    return distributed.mean(total, world).item()
+
+
+def sample(gpt: GPT, device: torch.device) -> str:
+    """32 tokens after end-of-text, at temperature 1 among the 40 likeliest. Every rank takes part."""
+    start = torch.full((1, 1), END_OF_TEXT, dtype=torch.int64, device=device)
+    ids = gpt.generate(start, max_new_tokens=32, temperature=1.0, top_k=40)
+    return gpt2_encoding().decode(ids[0, 1:].tolist())
+
+
+def check_against_model(config: Config, gpt: GPT) -> Config:
+    """Refuse what this network cannot do, and decide on samples, which need GPT-2's vocabulary."""
+    if config.sequence_length > gpt.config.block_size:
+        raise BadInput(
+            f"--sequence_length {config.sequence_length} is longer than the block_size {gpt.config.block_size} of "
+            f"--model {config.model}; give at most {gpt.config.block_size}"
+        )
+    speaks_gpt2 = gpt.config.vocab_size == VOCAB_SIZE
+    if config.sample_every and not speaks_gpt2:
+        raise BadInput(
+            f"--sample_every needs GPT-2's vocabulary of {VOCAB_SIZE}, and --model {config.model} has "
+            f"{gpt.config.vocab_size}; give --sample_every 0"
+        )
+    if config.sample_every is None:
+        config = dataclasses.replace(config, sample_every=100 if speaks_gpt2 else 0)
+    return config
+
+
+def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoader, ShardLoader | None]:
+    """Open the shards, of the embedded corpus if none were named, and return what was chosen with the loaders."""
+    if config.input_bin is None:
+        if world.is_main:
+            prepare_pydoc()
+        distributed.barrier(world)
+        folder = prepare_pydoc()
+        val = str(folder / "val_*.bin") if config.input_val_bin is None else config.input_val_bin
+        config = dataclasses.replace(config, input_bin=str(folder / "train_*.bin"), input_val_bin=val)
+
+    def loader(pattern: str) -> ShardLoader:
+        return ShardLoader(
+            pattern,
+            config.batch_size,
+            config.sequence_length,
+            rank=world.rank,
+            world_size=world.size,
+            device=world.device,
+            vocab_size=gpt.config.vocab_size,
+        )
+
+    train_loader = loader(config.input_bin)
+    return config, train_loader, loader(config.input_val_bin) if config.input_val_bin else None
+
+
+def make_output_dir(config: Config, gpt: GPT) -> Path | None:
+    """Create the run directory; refuse one that holds something, or a disk that cannot hold the weights."""
+    if config.output_dir == "":
+        return None
+    if config.output_dir is None:
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{llmc.size_name(config.model)}"
+        path = Path("runs") / name
+        for number in range(2, 100):  # another run started in the same second
+            if not path.exists():
+                break
+            path = Path("runs") / f"{name}-{number}"
+    else:
+        path = Path(config.output_dir)
+        if path.exists() and not path.is_dir():
+            raise BadInput(f"--output_dir {path} is a file; name a folder")
+        if path.is_dir() and any(path.iterdir()):
+            raise BadInput(f"--output_dir {path} is not empty; name a new folder, so that nothing is overwritten")
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    needed = 4 * gpt.config.num_params() * (4 if config.write_tensors else 1)
+    if free < needed:
+        raise BadInput(
+            f"--output_dir {path}: the disk has {free / 2**20:,.0f} MiB left and this run writes about "
+            f"{needed / 2**20:,.0f}; free some space or name another folder"
+        )
+    with write_errors(f"--output_dir {path}"):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_config(path: Path, config: Config, world: World, gpt: GPT) -> None:
+    """Write down what decided this run."""
+    record = {
+        "flags": dataclasses.asdict(config),
+        "network": dataclasses.asdict(gpt.config),
+        "ranks": world.size,
+        "device": device_name(world),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    with atomic_write(path) as file:
+        file.write(json.dumps(record, indent=2).encode() + b"\n")
+
+
+def write_tensors(output_dir: Path, config: Config, gpt: GPT, loader: ShardLoader, device: torch.device) -> None:
+    """Write the weights, a debug state of the first batch and the tokenizer for llm.c, before the first update."""
+    prefix = f"gpt2_{llmc.size_name(config.model)}"
+    llmc.write_model(output_dir / f"{prefix}.bin", gpt)
+    llmc.write_model(output_dir / f"{prefix}_bf16.bin", gpt, torch.bfloat16)
+    x, y = loader.next_batch()
+    loader.reset()
+    state = llmc.debug_state(gpt, x, y, device)
+    llmc.write_debug_state(output_dir / f"{prefix}_debug_state.bin", gpt.config, state)
+    if gpt.config.vocab_size == VOCAB_SIZE:
+        llmc.write_tokenizer(output_dir / "gpt2_tokenizer.bin", token_bytes(), END_OF_TEXT)
+
+
+def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader) -> None:
+    """Say what is about to be trained, on what, with what."""
+    decaying, others = (group["params"] for group in optim.parameter_groups(gpt, config.weight_decay))
+    print(
+        f"model {config.model}: {gpt.config.num_params():,} parameters | "
+        f"{len(decaying)} tensors ({sum(p.numel() for p in decaying):,} parameters) decay, "
+        f"{len(others)} ({sum(p.numel() for p in others):,}) do not"
+    )
+    print(f"data {config.input_bin}: {loader.total_tokens:,} tokens in {len(loader.files)} shards")
+    print(
+        f"batch: {config.batch_size} × {config.sequence_length} tokens × {world.size} ranks × "
+        f"{config.grad_accum_steps(world.size)} micro-steps = {config.total_batch_size:,} tokens an update"
+    )
+    print(f"device {device_name(world)} | dtype {config.dtype} | torch {torch.__version__}", flush=True)
+
+
+def conclude(config: Config, output_dir: Path | None, steps_done: int) -> None:
+    """Say where everything is, and what can be done with it."""
+    if not output_dir:
+        return
+    print(f"\nrun directory: {output_dir} ({', '.join(sorted(path.name for path in output_dir.iterdir()))})")
+    if not config.inference_only:
+        print(f"go on from these weights:    python train.py --model {output_dir}")
+        print(f"take them to transformers:   python -m model.hf export {output_dir} FOLDER")
+
+
+def step_line(metrics: dict[str, float | None], num_iterations: int) -> str:
+    """What the screen shows of an update."""
+    norm = "" if metrics["norm"] is None else f" | norm {metrics['norm']:.4f}"
+    mfu = "" if metrics["mfu"] is None else f" | {100 * metrics['mfu']:.1f}% MFU"
+    width = len(str(num_iterations))
+    return (
+        f"step {metrics['step'] + 1:>{width}}/{num_iterations} | train loss {metrics['loss']:.6f}{norm}"
+        f" | lr {metrics['lr']:.2e} | {metrics['ms']:.1f} ms | {metrics['tok_per_s']:,.0f} tok/s{mfu}"
+    )
+
+
+def say(world: World, line: str) -> None:
+    """Print a line, once for all ranks."""
+    if world.is_main:
+        print(line, flush=True)
+
+
+def device_name(world: World) -> str:
+    """The GPU's name as CUDA gives it, or the kind of device."""
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the loop of train.py leans on: configuration, ranks, optimiser, FLOPs, records of a run."""

@@ -1,0 +1,110 @@
+"""What a run leaves behind: main.log, metrics.jsonl, loss.png, and TensorBoard events on request."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from common import BadInput, atomic_write, write_errors
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+
+class RunLog:
+    """Records of one run, written as they come in, so that whatever stops the run leaves everything before it.
+
+    Args:
+        output_dir: an existing folder, or None to keep nothing.
+        title: what loss.png is headed with.
+        tensorboard: write TensorBoard events as well.
+
+    Raises:
+        BadInput: a file cannot be written, or tensorboard is not installed.
+    """
+
+    def __init__(self, output_dir: Path | None, title: str = "", tensorboard: bool = False):
+        self.output_dir = output_dir
+        self.title = title
+        self.train_losses: list[tuple[int, float]] = []
+        self.val_losses: list[tuple[int, float]] = []
+        self._events = _tensorboard_writer(output_dir) if tensorboard and output_dir else None
+
+    def train(self, metrics: dict[str, float | None]) -> None:
+        """Record an update: its `step` and `loss`, and whatever else stands in `metrics`, as one line of metrics.jsonl.
+
+        A number that is not finite becomes null, which is what JSON has for it.
+        """
+        step, loss = metrics["step"], metrics["loss"]
+        self.train_losses.append((step, loss))
+        self._append("main.log", f"s:{step} trl:{loss:.6f}")
+        finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
+        self._append("metrics.jsonl", json.dumps(finite))
+        if self._events:
+            for key in finite.keys() - {"step"}:
+                if finite[key] is not None:
+                    self._events.add_scalar(f"train/{key}", finite[key], step)
+
+    def validation(self, step: int, loss: float) -> None:
+        """Record a validation loss in nats, and draw loss.png anew."""
+        self.val_losses.append((step, loss))
+        self._append("main.log", f"s:{step} tel:{loss:.6f}")
+        if self._events:
+            self._events.add_scalar("validation/loss", loss, step)
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw training and validation loss over steps into loss.png."""
+        if not self.output_dir or not (self.train_losses or self.val_losses):
+            return
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        if self.train_losses:
+            axes.plot(*zip(*self.train_losses, strict=True), color="tab:blue", linewidth=1, label="training")
+        if self.val_losses:
+            axes.plot(*zip(*self.val_losses, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
+            step, loss = self.val_losses[-1]
+            axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="right")
+        axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=self.title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with atomic_write(self.output_dir / "loss.png") as file:
+            figure.savefig(file, format="png", dpi=120)
+
+    def close(self) -> None:
+        """Draw the last picture and flush the events."""
+        self.draw()
+        if self._events:
+            self._events.close()
+
+    def _append(self, name: str, line: str) -> None:
+        if self.output_dir:
+            path = self.output_dir / name
+            with write_errors(path), open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def _tensorboard_writer(output_dir: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise BadInput("--tensorboard 1 needs tensorboard: pip install -e '.[tensorboard]', or leave it out") from error
+    return SummaryWriter(str(output_dir))
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Most memory held at once so far, in MiB: torch's allocations on CUDA, the process's resident set elsewhere.
+
+    None where the operating system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
