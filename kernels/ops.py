@@ -1,15 +1,17 @@
 """The table of ops. A backend is a value of type `Ops`; the model calls whatever functions it is given.
 
-To mix backends, replace one entry: `EAGER._replace(attention=eager.sdpa_attention)`. What each function takes and
-gives is written once, in `kernels/eager.py`; every backend has the same signatures.
+To mix backends, replace one entry: `TRITON._replace(attention=EAGER.attention)`, or on the command line
+`--backend triton,attention=eager`. What each function takes and gives is written once, in `kernels/eager.py`; every
+backend has the same signatures. `TRITON` is made when it is first asked for: nothing else needs triton.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from kernels import eager
+from kernels import eager, interpreter
 
 
 class Ops(NamedTuple):
@@ -35,3 +37,65 @@ class Ops(NamedTuple):
 
 EAGER = Ops(*(getattr(eager, name) for name in Ops._fields))
 EAGER_SDPA = EAGER._replace(attention=eager.sdpa_attention)
+
+
+@functools.cache
+def triton_ops(device_type: str) -> Ops:
+    """The hand-written kernels, compiled for a GPU ("cuda") or interpreted ("cpu"); one of the two in a process.
+
+    Raises:
+        ImportError: triton is not installed.
+        ValueError: no kernel runs on such a device.
+        RuntimeError: this process has the kernels for the other device already.
+    """
+    interpreter.choose(device_type)
+    from kernels import attention, cross_entropy, embedding, gelu, layer_norm
+
+    return Ops(
+        embedding=embedding.embedding,
+        layer_norm=layer_norm.layer_norm,
+        add_layer_norm=layer_norm.add_layer_norm,
+        gelu=gelu.gelu,
+        attention=attention.causal_attention,
+        cross_entropy=cross_entropy.cross_entropy,
+        linear_cross_entropy=cross_entropy.linear_cross_entropy,
+    )
+
+
+def parse(spec: str, device_type: str, flash: bool = False) -> Ops:
+    """The table that a text describes.
+
+    Args:
+        spec: a backend, then exceptions to it: "triton", "eager", "triton,attention=eager".
+        device_type: what the triton ops will run on, "cuda" or "cpu"; see `triton_ops`.
+        flash: eager attention is `scaled_dot_product_attention`.
+
+    Raises:
+        ValueError: an unknown backend or op. As `triton_ops`, where the text names triton.
+    """
+    tables: dict[str, Callable[[], Ops]] = {
+        "eager": lambda: EAGER_SDPA if flash else EAGER,
+        "triton": lambda: triton_ops(device_type),
+    }
+
+    def table(name: str) -> Ops:
+        if name not in tables:
+            raise ValueError(f"unknown backend {name!r}; choose from {', '.join(tables)}")
+        return tables[name]()
+
+    base, *exceptions = spec.split(",")
+    ops = table(base)
+    for exception in exceptions:
+        op, _, backend = exception.partition("=")
+        if op not in Ops._fields:
+            raise ValueError(
+                f"unknown op {op!r}; choose from {', '.join(Ops._fields)}, as in {base},{Ops._fields[0]}=eager"
+            )
+        ops = ops._replace(**{op: getattr(table(backend), op)})
+    return ops
+
+
+def __getattr__(name: str) -> Ops:
+    if name == "TRITON":
+        return triton_ops("cuda" if torch.cuda.is_available() else "cpu")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,127 @@
+"""What correct means here: no worse than eager.
+
+The truth is float64 on the CPU, from the same rounded inputs. For an output and for every gradient,
+
+    max|kernel − truth| ≤ 2·max|eager − truth| + SLACK_ULPS·eps(dtype)·max|truth|·√n_summed
+
+Both sides round, in different orders, so the kernel may be off where eager is right by luck: the last term is what
+luck is worth. (Apple's CCE has the idea, https://arxiv.org/abs/2411.09009; QuACK grows tolerances as √rows.)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+SLACK_ULPS = 4
+"""Rounding the result costs half an ulp of the largest value and its inputs' intermediates another few; four is the
+smallest power of two that covers them."""
+
+
+class Comparison(NamedTuple):
+    """How far one tensor is from the truth, and how far it may be."""
+
+    name: str
+    error: float
+    tolerance: float
+    eager_error: float
+
+    @property
+    def ok(self) -> bool:
+        """True where the error is within the tolerance; NaN never is."""
+        return self.error <= self.tolerance
+
+
+def compare(name: str, kernel: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, n_summed: int = 1) -> Comparison:
+    """Measure one tensor.
+
+    Args:
+        name: what it is called in a report.
+        kernel: as the backend under test computed it; any device, dtype fp64, fp32, fp16 or bf16.
+        eager: as the oracle computed it in the same precision; its dtype may be wider.
+        truth: as the oracle computed it in float64.
+        n_summed: number of rows that were summed into each element, for gradients of weights.
+    """
+    if not kernel.shape == eager.shape == truth.shape:
+        return Comparison(name, float("inf"), 0.0, 0.0)
+    truth = truth.detach().cpu().double()
+    eager_error = _largest_difference(eager, truth)
+    scale = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
+    # At least a few of the smallest numbers of the dtype: fp16's gradients live down there.
+    smallest = torch.finfo(kernel.dtype).tiny * torch.finfo(kernel.dtype).eps
+    luck = SLACK_ULPS * (torch.finfo(kernel.dtype).eps * scale * n_summed**0.5 + smallest)
+    return Comparison(name, _largest_difference(kernel, truth), 2.0 * eager_error + luck, eager_error)
+
+
+def _largest_difference(tensor: torch.Tensor, truth: torch.Tensor) -> float:
+    """max|tensor − truth|, where the same infinity, or NaN on both sides, is no difference."""
+    tensor = tensor.detach().cpu().double()
+    if tensor.numel() == 0:
+        return 0.0
+    same = (tensor == truth) | (tensor.isnan() & truth.isnan())
+    return torch.where(same, 0.0, (tensor - truth).abs()).nan_to_num(nan=float("inf")).max().item()
+
+
+def outputs_and_gradients(
+    function: Callable[..., torch.Tensor | Sequence[torch.Tensor]],
+    inputs: Mapping[str, torch.Tensor | int],
+    gradients: Sequence[torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Call a function forward and backward.
+
+    Args:
+        function: takes the inputs in their order.
+        inputs: tensors and numbers by name; floating-point tensors are differentiated.
+        gradients: of each output, in order.
+
+    Returns:
+        The outputs as "out0", "out1" …, then the gradients as "d" and the name of their input.
+    """
+    leaves = {name: value.detach().requires_grad_() if _is_float(value) else value for name, value in inputs.items()}
+    out = function(*leaves.values())
+    outs = [out] if isinstance(out, torch.Tensor) else list(out)
+    differentiated = {name: leaf for name, leaf in leaves.items() if _is_float(leaf)}
+    grads = torch.autograd.grad(
+        outs, list(differentiated.values()), [g.to(o) for g, o in zip(gradients, outs, strict=True)], allow_unused=True
+    )
+    results = {f"out{i}": tensor.detach() for i, tensor in enumerate(outs)}
+    return results | {f"d{name}": grad for name, grad in zip(differentiated, grads, strict=True) if grad is not None}
+
+
+def compare_op(
+    kernel: Callable,
+    eager: Callable,
+    inputs: Mapping[str, torch.Tensor | int],
+    gradients: Sequence[torch.Tensor],
+    n_summed: Mapping[str, int] | None = None,
+) -> list[Comparison]:
+    """Hold an op against the oracle, forward and every gradient.
+
+    Args:
+        kernel: the op under test.
+        eager: the oracle, called in the inputs' dtype and in float64 on the CPU.
+        inputs: as of `outputs_and_gradients`, on the device and in the dtype under test.
+        gradients: of each output, in the dtype under test.
+        n_summed: rows summed into each element of a gradient, by its name ("dweight"); 1 where not given.
+
+    Returns:
+        One comparison for each output and each gradient.
+    """
+    exact_inputs = {k: v.detach().cpu().double() if _is_float(v) else _on_cpu(v) for k, v in inputs.items()}
+    truth = outputs_and_gradients(eager, exact_inputs, [g.detach().cpu().double() for g in gradients])
+    by_eager = outputs_and_gradients(eager, inputs, gradients)
+    by_kernel = outputs_and_gradients(kernel, inputs, gradients)
+    if by_kernel.keys() != truth.keys():
+        missing = truth.keys() ^ by_kernel.keys()
+        return [Comparison(name, float("inf"), 0.0, 0.0) for name in sorted(missing)]
+    return [
+        compare(name, by_kernel[name], by_eager[name], truth[name], (n_summed or {}).get(name, 1)) for name in truth
+    ]
+
+
+def _is_float(value: torch.Tensor | int) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _on_cpu(value: torch.Tensor | int) -> torch.Tensor | int:
+    return value.cpu() if isinstance(value, torch.Tensor) else value

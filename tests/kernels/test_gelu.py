@@ -1,0 +1,78 @@
+"""GELU: no worse than eager everywhere that floats go, through any strides, in the same bits each time."""
+
+import pytest
+import torch
+
+from kernels import accuracy, eager
+from kernels.gelu import gelu
+from tests.kernels.conftest import DEVICE, DTYPES, assert_no_worse, dtypes, normal
+
+INPUTS = {
+    "normal": lambda: normal(3, 700),  # no multiple of the block
+    "one": lambda: normal(1),
+    "to ±100": lambda: torch.linspace(-100, 100, 2001),
+    "where the tail vanishes": lambda: torch.linspace(-13, -3, 1001),
+    "subnormal": lambda: normal(64) * 1e-39,
+    "fp16's subnormals": lambda: normal(64) * 1e-7,
+    "none": lambda: torch.empty(0, 5),
+}
+
+
+@dtypes
+@pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
+def test_numbers(make, dtype):
+    x = make().to(DEVICE, dtype)
+    dy = normal(*x.shape, dtype=dtype, seed=1)
+    assert_no_worse(accuracy.compare_op(gelu, eager.gelu, {"x": x}, [dy]))
+    assert gelu(x).dtype == dtype
+
+
+def test_far_out_nothing_overflows():
+    x = torch.tensor([-3e38, -1e20, 1e20, 3e38], device=DEVICE, requires_grad=True)
+    y = gelu(x)
+    y.sum().backward()
+    assert torch.equal(y.detach(), x.detach().clamp(min=0))
+    assert torch.equal(x.grad, (x > 0).float())
+
+
+STRIDED = {
+    "transposed": lambda x: x.t(),
+    "slice": lambda x: x[:, 1::3],
+    "expanded": lambda x: x[:, :1].expand(-1, 9),
+    "offset": lambda x: x.flatten()[1:],
+}
+
+
+@pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED)
+def test_any_strides(view):
+    x, dy = view(normal(40, 50)), view(normal(40, 50, seed=1))
+    assert_no_worse(accuracy.compare_op(gelu, eager.gelu, {"x": x}, [dy]))
+
+
+def test_a_gradient_of_stride_zero():
+    x = normal(33, 65).requires_grad_()
+    want = torch.autograd.grad(eager.gelu(x).sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad(gelu(x).sum(), x)[0], want)
+
+
+def test_gradcheck():
+    assert torch.autograd.gradcheck(gelu, 3 * normal(4, 5, dtype=torch.float64).requires_grad_())
+
+
+@dtypes
+def test_opcheck(dtype):
+    torch.library.opcheck(torch.ops.tritongpt.gelu, (normal(5, 7, dtype=dtype).requires_grad_(),))
+    torch.library.opcheck(torch.ops.tritongpt.gelu_backward, (normal(5, 7, dtype=dtype), normal(5, 7, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", [DTYPES["fp16"], DTYPES["bf16"]])
+def test_under_autocast(dtype):
+    x = normal(5, 7)
+    with torch.autocast(DEVICE, dtype):
+        assert gelu(x).dtype == torch.float32 and gelu(x.to(dtype)).dtype == dtype
+
+
+def test_run_to_run():
+    x, dy = normal(9, 999), normal(9, 999, seed=1)
+    first, second = (accuracy.outputs_and_gradients(gelu, {"x": x}, [dy]) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
