@@ -20,11 +20,12 @@ from common import BadInput, atomic_write, exit_on_bad_input, write_errors
 from data.loader import ShardLoader
 from data.prepare import prepare_pydoc
 from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding, token_bytes
-from kernels.ops import EAGER, EAGER_SDPA
+from kernels import ops
 from model import llmc
 from model.gpt import GPT
 from model.load import load
 from training import distributed, optim
+from training.check import check
 from training.config import Config, parse
 from training.distributed import StopRequest, World
 from training.flops import flops_per_token, peak_flops
@@ -52,9 +53,12 @@ def run(config: Config, world: World) -> int:
     if config.tensorcores:
         torch.set_float32_matmul_precision("high")
     config = config.resolved(world.device.type, world.size)
-    gpt = load(config.model, EAGER_SDPA if config.flash else EAGER)
+    gpt = load(config.model, choose_ops(config, world))
+    gpt.set_recompute(config.recompute)
     config = check_against_model(config, gpt)
     config, train_loader, val_loader = open_data(config, world, gpt)
+    if config.check:
+        return check_backend(config, world, gpt, train_loader)
     output_dir = make_output_dir(config, gpt) if world.is_main else None
     log = RunLog(output_dir, f"{config.model} on {world.size} × {device_name(world)}", bool(config.tensorboard))
     if world.is_main:
@@ -191,6 +195,21 @@ def sample(gpt: GPT, device: torch.device) -> str:
     return gpt2_encoding().decode(ids[0, 1:].tolist())
 
 
+def choose_ops(config: Config, world: World) -> ops.Ops:
+    """The table of ops that `--backend` names."""
+    try:
+        return ops.parse(config.backend, world.device.type, bool(config.flash))
+    except (ImportError, ValueError) as error:
+        raise BadInput(f"--backend {config.backend}: {error}") from error
+
+
+def check_backend(config: Config, world: World, gpt: GPT, loader: ShardLoader) -> int:
+    """Check the backend on the first batch of every rank; return the exit status, 1 where a rank found it off."""
+    x, y = loader.next_batch()
+    right = check(gpt.to(world.device), x, y, getattr(torch, config.dtype), lambda line: say(world, line))
+    return 0 if distributed.mean(torch.tensor(float(right), device=world.device), world) == 1 else 1
+
+
 def check_against_model(config: Config, gpt: GPT) -> Config:
     """Refuse what this network cannot do, and decide on samples, which need GPT-2's vocabulary."""
     if config.sequence_length > gpt.config.block_size:
@@ -303,7 +322,10 @@ def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader) -> Non
         f"batch: {config.batch_size} × {config.sequence_length} tokens × {world.size} ranks × "
         f"{config.grad_accum_steps(world.size)} micro-steps = {config.total_batch_size:,} tokens an update"
     )
-    print(f"device {device_name(world)} | dtype {config.dtype} | torch {torch.__version__}", flush=True)
+    print(
+        f"device {device_name(world)} | backend {config.backend} | dtype {config.dtype} | torch {torch.__version__}",
+        flush=True,
+    )
 
 
 def conclude(config: Config, output_dir: Path | None, steps_done: int) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from kernels.ops import EAGER, Ops
+from model.recompute import Linear
 
 INIT_SEED = 42
 INIT_STD = 0.02
@@ -73,6 +74,10 @@ class LayerNorm(nn.Module):
         """(residual, branch), each (..., C) -> (their sum, its LayerNorm)"""
         return self.ops.add_layer_norm(residual, branch, self.weight, self.bias)
 
+    def recipe(self, x: torch.Tensor) -> tuple:
+        """How to make the LayerNorm of x again: for `Linear`."""
+        return self.ops.layer_norm, x, self.weight, self.bias
+
 
 class CausalSelfAttention(nn.Module):
     """Projections around the attention op."""
@@ -81,12 +86,12 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.ops = ops
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C)"""
-        return self.c_proj(self.ops.attention(self.c_attn(x), self.n_head))
+    def forward(self, x: torch.Tensor, *recipe) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C); with a recipe, x is not kept"""
+        return self.c_proj(self.ops.attention(self.c_attn(x, *recipe), self.n_head))
 
 
 class MLP(nn.Module):
@@ -95,12 +100,14 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig, ops: Ops):
         super().__init__()
         self.ops = ops
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.recompute_gelu = False
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., C)"""
-        return self.c_proj(self.ops.gelu(self.c_fc(x)))
+    def forward(self, x: torch.Tensor, *recipe) -> torch.Tensor:
+        """(..., C) -> (..., C); with a recipe, x is not kept"""
+        h = self.c_fc(x, *recipe)
+        return self.c_proj(self.ops.gelu(h), *((self.ops.gelu, h) if self.recompute_gelu else ()))
 
 
 class Block(nn.Module):
@@ -108,6 +115,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, ops: Ops):
         super().__init__()
+        self.recompute_norms = False
         self.ln_1 = LayerNorm(config.n_embd, ops)
         self.attn = CausalSelfAttention(config, ops)
         self.ln_2 = LayerNorm(config.n_embd, ops)
@@ -119,8 +127,10 @@ class Block(nn.Module):
             normed = self.ln_1(residual)
         else:
             residual, normed = self.ln_1.add(residual, branch)
-        residual, normed = self.ln_2.add(residual, self.attn(normed))
-        return residual, self.mlp(normed)
+        recipe = self.ln_1.recipe(residual) if self.recompute_norms else ()
+        residual, normed = self.ln_2.add(residual, self.attn(normed, *recipe))
+        recipe = self.ln_2.recipe(residual) if self.recompute_norms else ()
+        return residual, self.mlp(normed, *recipe)
 
 
 class GPT(nn.Module):
@@ -174,6 +184,15 @@ class GPT(nn.Module):
                     module.bias.zero_()
 
         self.apply(draw)
+
+    def set_recompute(self, level: int) -> None:
+        """Keep less for the backward pass and make it again there: 0 nothing, 1 GELUs, 2 LayerNorms too.
+
+        Of the 16·C elements a token that a layer keeps, 12·C are left at 1 and 10·C at 2.
+        """
+        for block in self.transformer.h:
+            block.mlp.recompute_gelu = level >= 1
+            block.recompute_norms = level >= 2
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, return_logits: bool = True

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -54,7 +55,13 @@ class Config:
         "name or a folder of transformers (pretrained); a .bin file of llm.c or a run directory (default: nano on a "
         "CPU, d12 on a GPU).",
     )
-    flash: int = switch(0, "model", "1 computes attention with scaled_dot_product_attention, 0 explicitly.")
+    backend: str | None = flag(
+        None,
+        "model",
+        "What computes the ops: triton or eager, and exceptions by op, as in triton,attention=eager (default: triton "
+        "on a GPU, eager elsewhere).",
+    )
+    flash: int = switch(0, "model", "How eager attention is computed: 1 by scaled_dot_product_attention, 0 explicitly.")
 
     input_bin: str | None = flag(
         None, "data", "Glob of the training shards (default: the embedded corpus, tokenised on first use)."
@@ -90,11 +97,23 @@ class Config:
         None, "evaluation", "Steps between samples; 0 for none (default: 100 for GPT-2's vocabulary)."
     )
     inference_only: int = switch(0, "evaluation", "1 measures forward passes only; nothing is trained.")
+    check: int = switch(
+        0,
+        "evaluation",
+        "1 holds the backend against eager on one batch, op by op and parameter by parameter, and exits 1 if one is "
+        "off; nothing is trained or written.",
+    )
 
     device: str = flag("", "machine", "cuda, mps or cpu (default: the first of them that is there).")
     dtype: str = flag("float32", "machine", "Type of the matmuls; below float32, autocast around the forward.", DTYPES)
     tensorcores: int = switch(0, "machine", "1 lets float32 matmuls round their inputs to TF32.")
     compile: int = switch(0, "machine", "1 compiles the model with torch.compile.")
+    recompute: int = flag(
+        0,
+        "machine",
+        "What the backward pass makes again instead of keeping it: 0 nothing, 1 GELUs, 2 LayerNorms too.",
+        (0, 1, 2),
+    )
     zero_stage: int = flag(
         0, "machine", "Under torchrun: 0 keeps the optimizer state on every rank, 1 shards it.", (0, 1)
     )
@@ -144,7 +163,7 @@ class Config:
             BadInput: total_batch_size is no multiple of B·T·ranks.
         """
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        values = BY_DEVICE[device_type] | given
+        values = {"backend": default_backend(device_type)} | BY_DEVICE[device_type] | given
         micro_batch = values["batch_size"] * values["sequence_length"] * world_size
         below = values["total_batch_size"] // micro_batch * micro_batch
         if below != values["total_batch_size"]:
@@ -166,6 +185,11 @@ class Config:
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-steps of one update."""
         return self.total_batch_size // (self.batch_size * self.sequence_length * world_size)
+
+
+def default_backend(device_type: str) -> str:
+    """triton where there is a GPU and triton is installed for it (it is not to be had on Windows)."""
+    return "triton" if device_type == "cuda" and importlib.util.find_spec("triton") else "eager"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,53 @@
+"""Forgetting and making again: the same bits, and as little kept as is said."""
+
+import pytest
+import torch
+
+from kernels.ops import EAGER
+from model.gpt import GPT
+from model.recompute import Linear
+from tests.conftest import TINY
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(TINY.vocab_size, (3, 33), generator=torch.Generator().manual_seed(5))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def loss_and_gradients(level: int, dtype: torch.dtype, compiled: bool) -> list[torch.Tensor]:
+    gpt = GPT(TINY, EAGER)
+    gpt.set_recompute(level)
+    network = torch.compile(gpt, fullgraph=True, backend="aot_eager") if compiled else gpt
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = network(*batch(), return_logits=False)[1]
+    loss.backward()
+    return [loss.detach(), *(param.grad for param in gpt.parameters())]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("level", [1, 2])
+def test_the_same_bits(level, dtype, compiled):
+    want = loss_and_gradients(0, dtype, compiled=False)
+    got = loss_and_gradients(level, dtype, compiled)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_losses_of_a_run(run_tiny, level):
+    assert run_tiny(recompute=level).losses == run_tiny().losses
+
+
+def test_what_a_layer_keeps():
+    """With a recipe a Linear keeps its source; without one, its input."""
+    layer, source = Linear(6, 5), torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        x = torch.tanh(source)
+        kept.clear()
+        layer(x, torch.tanh, source)
+        assert not any(tensor is x or tensor.data_ptr() == x.data_ptr() for tensor in kept)
+        assert any(tensor is source for tensor in kept)
+        kept.clear()
+        layer(x)
+        assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept)
