@@ -2,10 +2,12 @@
 
 The truth is float64 on the CPU, from the same rounded inputs. For an output and for every gradient,
 
-    max|kernel − truth| ≤ 2·max|eager − truth| + SLACK_ULPS·eps(dtype)·max|truth|·√n_summed
+    max|kernel − truth| ≤ 2·max|eager − truth| + SLACK_ULPS·max|truth|·(eps(dtype)·√n_summed + eps(inner)/√n_averaged)
 
 Both sides round, in different orders, so the kernel may be off where eager is right by luck: the last term is what
-luck is worth. (Apple's CCE has the idea, https://arxiv.org/abs/2411.09009; QuACK grows tolerances as √rows.)
+luck is worth. Its second part is for results of a whole network alone: means over many rows of numbers that were
+rounded to 16 bit on the way. (Apple's CCE has the idea, https://arxiv.org/abs/2411.09009; QuACK grows tolerances as
+√rows.)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +34,15 @@ class Comparison(NamedTuple):
         return self.error <= self.tolerance
 
 
-def compare(name: str, kernel: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, n_summed: int = 1) -> Comparison:
+def compare(
+    name: str,
+    kernel: torch.Tensor,
+    eager: torch.Tensor,
+    truth: torch.Tensor,
+    n_summed: int = 1,
+    inner: torch.dtype | None = None,
+    n_averaged: int = 1,
+) -> Comparison:
     """Measure one tensor.
 
     Args:
@@ -41,21 +51,24 @@ def compare(name: str, kernel: torch.Tensor, eager: torch.Tensor, truth: torch.T
         eager: as the oracle computed it in the same precision; its dtype may be wider.
         truth: as the oracle computed it in float64.
         n_summed: number of rows that were summed into each element, for gradients of weights.
+        inner: the dtype that intermediate results were rounded to, where that is not the kernel's business.
+        n_averaged: number of rows that such errors average out over.
     """
     if not kernel.shape == eager.shape == truth.shape:
         return Comparison(name, float("inf"), 0.0, 0.0)
-    truth = truth.detach().cpu().double()
+    truth = truth.detach().double()
     eager_error = _largest_difference(eager, truth)
     scale = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
+    info = torch.finfo(kernel.dtype)
+    ulps = info.eps * n_summed**0.5 + (torch.finfo(inner).eps / n_averaged**0.5 if inner else 0.0)
     # At least a few of the smallest numbers of the dtype: fp16's gradients live down there.
-    smallest = torch.finfo(kernel.dtype).tiny * torch.finfo(kernel.dtype).eps
-    luck = SLACK_ULPS * (torch.finfo(kernel.dtype).eps * scale * n_summed**0.5 + smallest)
+    luck = SLACK_ULPS * (ulps * scale + info.tiny * info.eps)
     return Comparison(name, _largest_difference(kernel, truth), 2.0 * eager_error + luck, eager_error)
 
 
 def _largest_difference(tensor: torch.Tensor, truth: torch.Tensor) -> float:
     """max|tensor − truth|, where the same infinity, or NaN on both sides, is no difference."""
-    tensor = tensor.detach().cpu().double()
+    tensor = tensor.detach().to(truth.device, torch.float64)
     if tensor.numel() == 0:
         return 0.0
     same = (tensor == truth) | (tensor.isnan() & truth.isnan())

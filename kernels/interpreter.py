@@ -30,13 +30,8 @@ def choose(device_type: str) -> None:
     if importlib.util.find_spec("triton") is None:
         raise ImportError(f"the triton backend needs triton: {INSTALL}; the eager backend needs nothing")
     interpret = device_type == "cpu"
-    if "triton" not in sys.modules and interpret and "TRITON_INTERPRET" not in os.environ:
+    if interpret and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
-        if os.environ.get("RANK", "0") == "0":
-            print(
-                "triton: no GPU in use, so the kernels run in Triton's interpreter: exact, and very slow",
-                file=sys.stderr,
-            )
     import triton
 
     if triton.knobs.runtime.interpret != interpret:
@@ -44,23 +39,23 @@ def choose(device_type: str) -> None:
         raise RuntimeError(
             f"in this process triton kernels are {now} already; use {device_type} in a process of its own"
         )
-    if interpret:
-        _make_honest()
+    if interpret and _make_honest() and os.environ.get("RANK", "0") == "0":
+        print("triton: no GPU in use, so kernels run in Triton's interpreter: exact, and very slow", file=sys.stderr)
 
 
-def _make_honest() -> None:
+def _make_honest() -> bool:
     """Mend the interpreter: bf16 casts round to nearest even, bf16 dots multiply numbers, and a masked load without
     `other` gives NaN where a GPU gives whatever it likes (the interpreter's 0 would hide the mistake).
 
     The interpreter keeps bf16 as its bits in uint16. This reaches into private API, so pyproject.toml pins triton and
-    tests/kernels/test_interpreter.py says whether it still holds.
+    tests/kernels/test_interpreter.py says whether it still holds. Returns False where it was done before.
     """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     if hasattr(InterpreterBuilder, "is_honest"):
-        return
+        return False
     InterpreterBuilder.is_honest = True
     cast, dot, masked_load = (
         getattr(InterpreterBuilder, name) for name in ("cast_impl", "create_dot", "create_masked_load")
@@ -96,3 +91,4 @@ def _make_honest() -> None:
     InterpreterBuilder.cast_impl = honest_cast
     InterpreterBuilder.create_dot = honest_dot
     InterpreterBuilder.create_masked_load = honest_masked_load
+    return True

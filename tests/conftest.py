@@ -15,11 +15,15 @@ import torch
 
 import train
 from data.shards import write_shard
+from kernels import interpreter
 from kernels.ops import EAGER
 from model.gpt import GPT, GPTConfig
 from model.llmc import write_model
 
 ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreter.choose(DEVICE)  # before any test imports triton, by itself or through torch.compile
+
 TINY = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 
 

@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from kernels import accuracy, interpreter
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-interpreter.choose(DEVICE)
+from kernels import accuracy
+from tests.conftest import DEVICE
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -1,0 +1,83 @@
+"""`--check 1` passes what is right, and names the op that is not."""
+
+import pytest
+import torch
+
+import train
+from kernels import ops
+from kernels.ops import EAGER, TRITON, Ops
+from model.gpt import GPT
+from tests.conftest import TINY, command_line
+from training.check import check
+
+
+class _WrongGradient(torch.autograd.Function):
+    """The identity, with a gradient that is 1% too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.01 * grad
+
+
+def broken(op: str, forward: bool) -> Ops:
+    """EAGER with one op that is 1% off, forward or backward only."""
+    right = getattr(EAGER, op)
+
+    def wrong(*inputs):
+        if forward:
+            outputs = right(*inputs)
+            return (outputs[0], 1.01 * outputs[1]) if isinstance(outputs, tuple) else 1.01 * outputs
+        return right(*(_WrongGradient.apply(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs))
+
+    return EAGER._replace(**{op: wrong})
+
+
+def report_of(ops: Ops, dtype: torch.dtype = torch.float32) -> tuple[bool, list[str]]:
+    lines: list[str] = []
+    tokens = torch.randint(TINY.vocab_size, (3, 33), generator=torch.Generator().manual_seed(5))
+    return check(GPT(TINY, ops), tokens[:, :-1], tokens[:, 1:], dtype, lines.append), lines
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize("op", Ops._fields)
+def test_one_wrong_op_is_named(op, forward):
+    right, lines = report_of(broken(op, forward))
+    assert not right
+    assert f"the first: {op} 0 (" in lines[-1]
+    calls = lines[1 : next(i for i, line in enumerate(lines) if "loss and gradients" in line)]
+    assert all(line.startswith(op) for line in calls if "OFF" in line)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("backend", [EAGER, TRITON], ids=["eager", "triton"])
+def test_what_is_right_passes(backend, dtype):
+    right, lines = report_of(backend, dtype)
+    assert right, "\n".join(lines)
+    text = "\n".join(lines)
+    assert "OFF" not in text and "no worse than eager" in lines[-1]
+    for name in Ops._fields:
+        assert f"\n{name} 0 " in text
+    for name, _ in GPT(TINY).named_parameters():
+        assert f"\n{name.removeprefix('transformer.')} " in text
+
+
+def test_slices_of_the_batch_make_no_difference(monkeypatch):
+    whole = report_of(broken("gelu", True))
+    monkeypatch.setattr("training.check._SLICE_BYTES", 1)  # a sequence at a time
+    right, lines = report_of(broken("gelu", True))
+    assert not right and lines[-1] == whole[1][-1]
+    assert report_of(EAGER)[0]
+
+
+def test_the_command(tiny, tmp_path, capsys, monkeypatch):
+    flags = tiny | {"--backend": "triton", "--check": 1, "--output_dir": tmp_path / "run"}
+    assert train.main(command_line(flags)) == 0
+    assert "no worse than eager" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(ops, "parse", lambda *args: broken("attention", True))
+    assert train.main(command_line(flags)) == 1
+    assert "the first: attention 0 (out0)" in capsys.readouterr().out

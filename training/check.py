@@ -1,0 +1,181 @@
+"""`--check 1`: is this backend right, on this machine, for this model, batch and dtype?
+
+First op by op: the forward pass runs in eager, and every op that it calls is called again with the backend under test
+on the same inputs, forward and backward, at full size. Then the network as a whole: its loss and the gradient of every
+parameter. Both are held to the rule of `kernels.accuracy`. Where something is off, the first op named is the one to
+mend: what comes after it in the network is not touched by its error.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kernels.accuracy import Comparison, compare, outputs_and_gradients
+from kernels.ops import EAGER, Ops
+from model.gpt import GPT
+
+# The inputs of each op, and how many rows stand behind each: those along the batch are sliced, the others are weights,
+# whose gradients are sums over the batch.
+_BATCHED = {"idx", "x", "residual", "branch", "qkv", "logits", "hidden", "targets"}
+_INPUTS = {
+    "embedding": ("idx", "token_weight", "position_weight"),
+    "layer_norm": ("x", "weight", "bias"),
+    "add_layer_norm": ("residual", "branch", "weight", "bias"),
+    "gelu": ("x",),
+    "attention": ("qkv", "n_head"),
+    "cross_entropy": ("logits", "targets"),
+    "linear_cross_entropy": ("hidden", "weight", "targets"),
+}
+_SLICE_BYTES = 2**28
+"""what the largest float64 matrix may take: eager and the truth are computed a few sequences at a time, because they
+hold a (T, T) matrix a head, and all logits"""
+
+
+def check(gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, say: Callable[[str], None]) -> bool:
+    """Hold the backend of a network against eager, and say how far off everything is.
+
+    Args:
+        gpt: the network with the backend under test, in fp32 on the device. It is left as it was.
+        x: (B, T) int64 inputs.
+        y: (B, T) int64 targets.
+        dtype: fp32, or what autocast computes in.
+        say: takes the lines of the report.
+
+    Returns:
+        True where every op and every gradient is within its tolerance.
+    """
+    off: list[str] = []
+
+    def report(name: str, comparisons: list[Comparison]) -> None:
+        worst = max(comparisons, key=lambda c: c.error / c.tolerance if c.tolerance else c.error)
+        if not worst.ok:
+            off.append(f"{name} ({worst.name})" if worst.name else name)
+        numbers = (worst.error, worst.tolerance, worst.eager_error)
+        told = " ".join(f"{number:>10.2e}" for number in numbers)
+        say(f"{name:37} {worst.name:16} {told}{'' if worst.ok else '   OFF'}")
+
+    head = f"{'':16} {'error':>10} {'tolerance':>10} {'eager':>10}"
+    say(f"{'op':37} {head}")
+    autocast = torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
+    _compare_ops(gpt, x, y, dtype, autocast, report)
+    n_ops_off = len(off)
+    say(f"\n{'loss and gradients':37} {head}")
+    _compare_network(gpt, x, y, dtype, autocast, report)
+    if n_ops_off:
+        say(f"\n{n_ops_off} calls of ops are off; the first: {off[0]}")
+    elif off:
+        say(f"\nevery op is right by itself, and the network is off in {len(off)} places; the first: {off[0]}")
+    else:
+        say("\nevery op and every gradient is no worse than eager")
+    return not off
+
+
+def _compare_ops(
+    gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, autocast: torch.autocast, report: Callable
+) -> None:
+    """Run the network in eager, and report on each call of an op that it makes."""
+    counts = dict.fromkeys(Ops._fields, 0)
+    n_slice = _slice_length(gpt, x)
+
+    def watched(op: str) -> Callable:
+        def call(*inputs: Any) -> Any:
+            outputs = getattr(EAGER, op)(*inputs)
+            name = f"{op} {counts[op]}"
+            counts[op] += 1
+            named = dict(zip(_INPUTS[op], inputs, strict=True))
+            report(name, _compare_call(op, getattr(gpt.ops, op), named, outputs, n_slice, dtype))
+            return outputs
+
+        return call
+
+    watching = Ops(*(watched(op) for op in Ops._fields))
+    with torch.no_grad(), autocast:
+        _with_ops(gpt, watching)(x, y, return_logits=False)
+        _with_ops(gpt, EAGER._replace(cross_entropy=watching.cross_entropy))(x, y)
+
+
+def _compare_call(
+    op: str, kernel: Callable, inputs: dict[str, Any], outputs: Any, n_slice: int, dtype: torch.dtype
+) -> list[Comparison]:
+    """Compare one call with gradients of unit size; that of a loss is 1."""
+    generator = torch.Generator().manual_seed(42)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    # What the lowest precision in play can hold, so that the backend does not pay for a rounding that eager is spared.
+    gradients = [
+        torch.randn(out.shape, generator=generator).to(dtype).to(out) if out.dim() else torch.ones_like(out)
+        for out in outputs
+    ]
+    with torch.enable_grad():
+        by_kernel = outputs_and_gradients(kernel, inputs, gradients)
+        by_eager = _in_slices(op, inputs, gradients, n_slice)
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            exact = {name: _double(value) for name, value in inputs.items()}
+            truth = _in_slices(op, exact, [_double(gradient) for gradient in gradients], n_slice)
+    first = next(value for name, value in inputs.items() if name in _BATCHED)
+    n_rows = first.shape[0] * first.shape[1]
+    n_summed = {f"d{name}": n_rows for name in inputs if name not in _BATCHED}
+    return [compare(name, by_kernel[name], by_eager[name], truth[name], n_summed.get(name, 1)) for name in truth]
+
+
+def _in_slices(op: str, inputs: dict[str, Any], gradients: list[torch.Tensor], n_slice: int) -> dict[str, torch.Tensor]:
+    """What `outputs_and_gradients` of the eager op gives, a few sequences at a time."""
+    batched = [name for name in inputs if name in _BATCHED]
+    pieces: list[dict[str, torch.Tensor]] = []
+    for start in range(0, inputs[batched[0]].shape[0], n_slice):
+        part = {name: v[start : start + n_slice] if name in batched else v for name, v in inputs.items()}
+        share = len(part[batched[0]]) / len(inputs[batched[0]])  # of a loss, which is a mean
+        grads = [g[start : start + n_slice] if g.dim() else g * share for g in gradients]
+        piece = outputs_and_gradients(getattr(EAGER, op), part, grads)
+        pieces.append({name: value if value.dim() else value * share for name, value in piece.items()})
+    along_batch = {"out0", "out1", *(f"d{name}" for name in batched)}
+    return {
+        name: torch.cat([piece[name] for piece in pieces])
+        if name in along_batch and pieces[0][name].dim()
+        else sum(piece[name] for piece in pieces)
+        for name in pieces[0]
+    }
+
+
+def _compare_network(
+    gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, autocast: torch.autocast, report: Callable
+) -> None:
+    """Report on the loss and on the gradient of every parameter."""
+
+    def loss_and_gradients(network: GPT, n_slice: int) -> dict[str, torch.Tensor]:
+        total = 0.0
+        for start in range(0, x.shape[0], n_slice):
+            part = slice(start, start + n_slice)
+            _, loss = network(x[part], y[part], return_logits=False)
+            loss = loss * (len(x[part]) / len(x))
+            loss.backward()
+            total = total + loss.detach()
+        return {"loss": total} | {name: param.grad for name, param in network.named_parameters()}
+
+    n_slice = _slice_length(gpt, x)
+    with autocast:
+        by_kernel = loss_and_gradients(_with_ops(gpt, gpt.ops), x.shape[0])
+        by_eager = loss_and_gradients(_with_ops(gpt, EAGER), n_slice)
+    truth = loss_and_gradients(_with_ops(gpt, EAGER).double(), n_slice)
+    for name in truth:
+        n_summed = 1 if name == "loss" else x.numel()
+        tensors = by_kernel[name], by_eager[name], truth[name]
+        comparison = compare("", *tensors, n_summed, inner=dtype, n_averaged=x.numel())
+        report(name.removeprefix("transformer."), [comparison])
+
+
+def _with_ops(gpt: GPT, ops: Ops) -> GPT:
+    """A copy of the network with another backend."""
+    copy = GPT(gpt.config, ops, init=False)
+    copy.load_state_dict(gpt.state_dict())
+    return copy.to(next(gpt.parameters()).device)
+
+
+def _slice_length(gpt: GPT, x: torch.Tensor) -> int:
+    T = x.shape[1]
+    bytes_a_sequence = 8 * T * max(gpt.config.n_head * T, gpt.config.vocab_size)
+    return max(1, _SLICE_BYTES // bytes_a_sequence)
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
