@@ -5,14 +5,16 @@ tokens of the stream go to validation, as llm.c does it. The folder appears once
 """
 
 import argparse
+import contextlib
+import http.client
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
 import shutil
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -65,7 +67,7 @@ def text_documents(paths: list[str], field: str) -> Iterator[str]:
             yield _decode(sys.stdin.buffer.read(), "standard input")
             continue
         root = Path(path)
-        if not root.exists():
+        if not os.path.exists(root):
             raise BadInput(f"{path}: no such file or folder; give paths of text, or - for standard input")
         files = [root]
         if root.is_dir():
@@ -89,8 +91,8 @@ def tinyshakespeare_documents() -> list[str]:
     """
     try:
         with urllib.request.urlopen(TINYSHAKESPEARE, timeout=30) as answer:
-            text = answer.read().decode()
-    except (urllib.error.URLError, OSError) as error:
+            text = _decode(answer.read(), TINYSHAKESPEARE)
+    except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         raise BadInput(
             f"tinyshakespeare cannot be fetched from {TINYSHAKESPEARE} ({getattr(error, 'reason', error)}); fetch it "
             "by other means and give it to: python -m data.prepare text FILE"
@@ -114,12 +116,13 @@ def fineweb_documents(sample: str) -> Iterator[str]:
         raise BadInput("fineweb needs the library datasets: pip install -e '.[datasets]'") from error
     try:
         pages = datasets.load_dataset("HuggingFaceFW/fineweb", name=f"sample-{sample}T", split="train", streaming=True)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+        for page in pages:
+            yield page["text"]
+    except Exception as error:  # whatever the HTTP client of the day raises, at the start or on the way
         raise BadInput(
-            "fineweb cannot be fetched from Hugging Face's hub; check the network, or prepare text of your own with: "
-            "python -m data.prepare text PATH"
+            f"fineweb cannot be fetched from Hugging Face's hub ({str(error) or type(error).__name__}); check the "
+            "network, or prepare text of your own with: python -m data.prepare text PATH"
         ) from error
-    return (page["text"] for page in pages)
 
 
 def prepare(
@@ -146,7 +149,9 @@ def prepare(
         BadInput: the folder holds something, cannot be written, or the corpus leaves nothing to train on.
     """
     refuse_if_occupied(output_dir)
+    output_dir = output_dir.resolve()
     part = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.part")
+    new_parents = [parent for parent in output_dir.parents if not parent.exists()]
     try:
         with write_errors(output_dir):
             part.mkdir(parents=True)
@@ -166,6 +171,9 @@ def prepare(
             os.rename(part, output_dir)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):  # they stay where the folder is in them
+            for parent in new_parents:
+                parent.rmdir()
     return counts
 
 
@@ -186,11 +194,14 @@ def prepare_pydoc() -> Path:
 
 def refuse_if_occupied(output_dir: Path) -> None:
     """Raise BadInput unless `output_dir` is not there yet, or is an empty folder."""
-    if output_dir.is_dir():
-        if any(output_dir.iterdir()):
-            raise BadInput(f"--output_dir {output_dir} is not empty; name a new folder, so that nothing is overwritten")
-    elif os.path.lexists(output_dir):
-        raise BadInput(f"--output_dir {output_dir} is a file; name a folder")
+    with write_errors(f"--output_dir {output_dir}"):  # it may not even be looked at
+        if output_dir.is_dir():
+            if any(output_dir.iterdir()):
+                raise BadInput(
+                    f"--output_dir {output_dir} is not empty; name a new folder, so that nothing is overwritten"
+                )
+        elif os.path.lexists(output_dir):
+            raise BadInput(f"--output_dir {output_dir} is a file; name a folder")
 
 
 class _TokenStream:
@@ -282,7 +293,7 @@ def _json_lines(file: Path, field: str) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadInput(
                     f"{file}, line {number}: malformed JSON ({error}); correct or remove the line"
                 ) from error
@@ -297,20 +308,24 @@ class _Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see python -m data.prepare --help")
 
 
-def _positive(text: str) -> int:
-    value = int(float(text)) if "e" in text else int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def _count(text: str) -> int:
+    """A whole number that a shard's header can hold, also as 1e8."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value.is_integer() and 1 <= value < 2**31):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 to {2**31 - 1}")
+    return int(value)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output_dir", type=Path, help="New folder for the shards (default: data/shards/CORPUS).")
-    common.add_argument("--shard_tokens", type=_positive, default=SHARD_TOKENS, help="Tokens a shard (default: 1e8).")
-    common.add_argument("--val_tokens", type=_positive, help="Tokens of validation, from the start of the corpus.")
-    common.add_argument("--workers", type=_positive, default=os.cpu_count(), help="Processes (default: all cores).")
+    common.add_argument("--shard_tokens", type=_count, default=SHARD_TOKENS, help="Tokens a shard (default: 1e8).")
+    common.add_argument("--val_tokens", type=_count, help="Tokens of validation, from the start of the corpus.")
+    common.add_argument("--workers", type=_count, default=os.cpu_count(), help="Processes (default: all cores).")
     parser = _Parser(prog="data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
     corpora.add_parser("pydoc", parents=[common], help="Python's language reference; needs no network.")
