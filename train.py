@@ -18,7 +18,7 @@ import torch
 
 from common import BadInput, atomic_write, exit_on_bad_input, write_errors
 from data.loader import ShardLoader
-from data.prepare import prepare_pydoc
+from data.prepare import prepare_pydoc, refuse_if_occupied
 from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding, token_bytes
 from kernels import ops
 from model import llmc
@@ -266,10 +266,7 @@ def make_output_dir(config: Config, gpt: GPT) -> Path | None:
             path = Path("runs") / f"{name}-{number}"
     else:
         path = Path(config.output_dir)
-        if path.exists() and not path.is_dir():
-            raise BadInput(f"--output_dir {path} is a file; name a folder")
-        if path.is_dir() and any(path.iterdir()):
-            raise BadInput(f"--output_dir {path} is not empty; name a new folder, so that nothing is overwritten")
+        refuse_if_occupied(path)
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     needed = 4 * gpt.config.num_params() * (4 if config.write_tensors else 1)

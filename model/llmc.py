@@ -7,6 +7,7 @@ a block's tensors all layers, then ln_f.
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -143,7 +144,7 @@ def load_model(path: str | Path, ops: Ops = EAGER) -> GPT:
         BadInput: as `read_model`.
     """
     path = Path(path)
-    config, state = read_model(path / RUN_WEIGHTS if path.is_dir() else path)
+    config, state = read_model(path / RUN_WEIGHTS if os.path.isdir(path) else path)
     gpt = GPT(config, ops, init=False)
     gpt.load_state_dict(state)
     return gpt

@@ -1,5 +1,6 @@
 """From what `--model` may name to a network."""
 
+import os
 from pathlib import Path
 
 from common import BadInput
@@ -26,10 +27,10 @@ def load(model: str, ops: Ops = EAGER) -> GPT:
     if model in PRETRAINED:
         return hf.from_pretrained(model, ops)
     path = Path(model)
-    if model.endswith(".bin") or (path / llmc.RUN_WEIGHTS).exists():
+    if model.endswith(".bin") or os.path.exists(path / llmc.RUN_WEIGHTS):
         return llmc.load_model(path, ops)
     looks_like_hub_name = model.count("/") == 1 and not model.startswith((".", "/", "~", "runs/"))
-    if path.is_dir() or (looks_like_hub_name and not path.exists()):
+    if os.path.isdir(path) or (looks_like_hub_name and not os.path.exists(path)):
         return hf.from_pretrained(model, ops)
     known = ", ".join((*PRESETS, *PRETRAINED))
     raise BadInput(f"--model {model} is neither a path nor a name that is known; choose from {known}, or give a path")

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,13 +139,21 @@ def test_output_dir_with_something_in_it(refused, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
-def test_read_only_disk(refused):
-    assert "--output_dir /proc/run" in refused({"--output_dir": "/proc/run"})
+def test_read_only_disk(refused, monkeypatch):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))  # /proc has no room
+    assert "cannot write --output_dir /proc/run: " in refused({"--output_dir": "/proc/run"})
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--model", "--input_bin"])
+@pytest.mark.parametrize("suffix", ["", ".bin"])
+def test_name_that_the_disk_does_not_take(refused, flag, suffix):
+    """What the operating system says to 300 characters stands for all that it may say to a look at a path."""
+    name = 300 * "x" + suffix
+    assert name in refused({flag: name})
 
 
 def test_disk_without_room_for_the_weights(refused, monkeypatch):
-    usage = type("usage", (), {"free": 2**10})
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
     line = refused({})
     assert "the disk has 0 MiB left" in line
 
