@@ -1,23 +1,28 @@
 """Flags: defaults, help, and what is refused before anything is touched."""
 
 import dataclasses
+import re
 
 import pytest
 
 from common import BadInput
+from tests.conftest import ROOT
 from training.config import Config, parse
 
-# The flags of SPEC section 4, and --tensorboard.
-FLAGS = {
+FLAGS = {field.name: field.metadata["group"] for field in dataclasses.fields(Config)}
+SPEC_FLAGS = {  # section 4
     *("input_bin", "input_val_bin", "output_dir", "model", "batch_size", "sequence_length", "total_batch_size"),
     *("num_iterations", "inference_only", "learning_rate", "warmup_iters", "learning_rate_decay_frac", "weight_decay"),
     *("grad_clip", "val_loss_every", "val_max_steps", "sample_every", "overfit_single_batch", "tensorcores", "device"),
-    *("compile", "flash", "dtype", "zero_stage", "write_tensors", "tensorboard"),
+    *("compile", "flash", "dtype", "zero_stage", "write_tensors"),
 }
 
 
-def test_every_flag_is_there_and_nothing_else():
-    assert {field.name for field in dataclasses.fields(Config)} == FLAGS
+def test_every_flag_is_there_and_in_readmes_table():
+    assert FLAGS.keys() >= SPEC_FLAGS
+    rows = re.findall(r"^\| (\w+) \| (`--.*`) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    in_readme = {name: group for group, names in rows for name in re.findall(r"`--(\w+)`", names)}
+    assert in_readme == FLAGS
 
 
 def test_help_lists_every_flag_in_groups_with_a_sentence(capsys):
