@@ -59,8 +59,6 @@ def open_shard(path: str | Path) -> np.ndarray:
     there = (size - HEADER_BYTES) // 2
     if n_tokens < 0 or n_tokens > there:
         raise BadInput(f"{path}: its header claims {n_tokens} tokens and the file has {there}; {MAKE_ANEW}")
-    if n_tokens == 0:
-        return np.zeros(0, np.uint16)
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (n_tokens,))
 
 

@@ -281,9 +281,10 @@ def test_exception_on_the_way_leaves_nothing(tmp_path, workers):
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
 def test_killed_on_the_way_leaves_no_folder(tmp_path, by):
     program = f"""
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from data.prepare import prepare
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have this process ignore it
 def documents():
     yield from map(str, range(1000))
     os.kill(os.getpid(), {by.value})

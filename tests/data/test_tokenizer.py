@@ -11,7 +11,7 @@ from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding, token_bytes, 
 
 AWKWARD = [
     "",
-    "Hello, world! It's 2024, isn't it? We'll see: they've said I'd know.",
+    "Hello, world! It's 2024, isn't it? We'll see: they've said I'd know. 'SOME'REST 'some'rest",
     "  two spaces,\ttabs\t\t and trailing ones   ",
     "\r\n\n\n    indented\n\n \n",
     "Grüße, Ελλάδα, Привет, 世界, こんにちは, שלום, हिन्दी",
