@@ -1,9 +1,9 @@
 """Two gloo ranks against one process on the same global batch."""
 
 import pytest
-import torch
 
 from model import llmc
+from tests.conftest import TINY
 
 FLAGS = {"total_batch_size": 256, "weight_decay": 0.1, "grad_clip": 0.7, "val_loss_every": 5, "val_max_steps": 4}
 
@@ -18,7 +18,11 @@ def test_two_ranks_train_like_one(run_tiny, torchrun_tiny, zero_stage):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
     weights, reference = llmc.load_model(two.output_dir).state_dict(), llmc.load_model(one.output_dir).state_dict()
     for name, weight in reference.items():
-        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        difference = weights[name] - weight
+        if name.endswith("c_attn.bias"):
+            # Softmax does not see the keys' bias: its gradient is mere rounding, which Adam takes for a direction.
+            difference[TINY.n_embd : 2 * TINY.n_embd] = 0
+        assert difference.norm() <= 1e-5 * weight.norm(), name
     losses = [[float(line.split("tel:")[1]) for line in run.log if "tel" in line] for run in (one, two)]
     assert len(losses[0]) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
