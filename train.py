@@ -7,7 +7,7 @@ it is what the loop calls.
 import contextlib
 import dataclasses
 import json
-import platform
+import math
 import shutil
 import sys
 import time
@@ -24,30 +24,43 @@ from kernels import ops
 from model import llmc
 from model.gpt import GPT
 from model.load import load
-from training import distributed, optim
+from training import checkpoint, distributed, optim
 from training.check import check
+from training.checkpoint import Checkpoints, TrainState
 from training.config import Config, parse
 from training.distributed import StopRequest, World
+from training.faults import RunStopped, UpdateGuard, Watchdog, compare_ranks
 from training.flops import flops_per_token, peak_flops
 from training.log import RunLog, peak_memory_mib
 
 SEED = 42
 INTERRUPTED = 130
 """exit status of a run that Ctrl-C ended, as shells count it"""
+RUN_CONFIG = "config.json"
+STOPPED = 1
+"""exit status of a run that could not go on"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (None: this process's own) and return the exit status."""
     with exit_on_bad_input("train.py"):
         config = parse(argv)
-        world = distributed.start(config.device, config.zero_stage)
-        status = run(config, world)
+        world = distributed.start(config.device, config.zero_stage, config.timeout_s)
+        watchdog = Watchdog(world)
+        with watchdog.watching():
+            try:
+                status = run(config, world, watchdog)
+            except RunStopped as stopped:
+                if world.is_main:  # every rank has the same to say
+                    print(f"train.py: {stopped}", file=sys.stderr, flush=True)
+                status = STOPPED
         distributed.stop(world)
         return status
 
 
-def run(config: Config, world: World) -> int:
+def run(config: Config, world: World, watchdog: Watchdog) -> int:
     """Set everything up, train, and leave the results in the run directory."""
+    given = config
     stop = StopRequest().install()
     torch.manual_seed(SEED)  # on every device, the same on every rank
     if config.tensorcores:
@@ -59,54 +72,88 @@ def run(config: Config, world: World) -> int:
     config, train_loader, val_loader = open_data(config, world, gpt)
     if config.check:
         return check_backend(config, world, gpt, train_loader)
-    output_dir = make_output_dir(config, gpt) if world.is_main else None
-    log = RunLog(output_dir, f"{config.model} on {world.size} × {device_name(world)}", bool(config.tensorboard))
+    facts = run_facts(config, world, gpt)
+    resumed = find_checkpoint(config, world, train_loader, facts)
+    first_step = checkpoint.step_of(resumed) if resumed else 0
+    output_dir = distributed.on_main(world, lambda: make_output_dir(config, world, gpt, resumed))
+    log = RunLog(
+        output_dir if world.is_main else None,
+        f"{config.model} on {world.size} × {device_name(world)}",
+        bool(config.tensorboard),
+        first_step,
+    )
     if world.is_main:
-        describe(config, world, gpt, train_loader)
-    if output_dir:
-        write_config(output_dir / "config.json", config, world, gpt)
-    if config.write_tensors and output_dir:
-        write_tensors(output_dir, config, gpt, train_loader, world.device)
+        describe(config, world, gpt, train_loader, resumed)
+    if output_dir and world.is_main:
+        write_config(output_dir / RUN_CONFIG, config, facts)
+        for name in checkpoint.tidy(output_dir, first_step):
+            print(f"set aside {name}: its steps come again")
+        if config.write_tensors and not resumed:
+            write_tensors(output_dir, config, gpt, train_loader, world.device)
+    distributed.barrier(world)
     gpt.to(world.device)
+    model, network = distributed.spread(gpt, world, config.zero_stage, config.dtype, bool(config.compile))
+    params = dict(gpt.named_parameters())
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
+    guard = UpdateGuard(config.skip_loss_z, config.skip_norm_z)
+    state = TrainState(gpt, params, optim.build(gpt, config), scaler, train_loader, guard, world.device)
+    saves_to = None if config.inference_only else output_dir
+    checkpoints = Checkpoints(saves_to, world, facts, config.keep, config.keep_every, lambda line: say(world, line))
+    if resumed:
+        checkpoints.load(resumed, state)
+    if config.checkpoint_every:
+        checkpoints.warm_up(state)
 
-    steps_done = train(config, world, gpt, train_loader, val_loader, log, stop)
+    try:
+        status = train(config, world, state, model, network, val_loader, log, checkpoints, watchdog, stop)
+    except RunStopped as stopped:
+        checkpoints.wait()
+        raise RunStopped(f"{stopped}; {checkpoints.newest()}") from None
 
+    watchdog.at(state.step, "writing the weights")
+    checkpoints.wait()
     log.close()
     if output_dir and not config.inference_only:
-        llmc.write_model(output_dir / llmc.RUN_WEIGHTS, gpt)
+        write_weights(output_dir / llmc.RUN_WEIGHTS, state, world)
     distributed.barrier(world)
-    if world.is_main:
-        conclude(config, output_dir, steps_done)
-    return 0 if steps_done == config.num_iterations else INTERRUPTED
+    if output_dir and world.is_main:
+        resumable = state.step < config.num_iterations and checkpoint.find(output_dir / checkpoint.FOLDER)
+        conclude(given, world, output_dir, bool(resumable))
+    return status
 
 
 def train(
     config: Config,
     world: World,
-    gpt: GPT,
-    train_loader: ShardLoader,
+    state: TrainState,
+    model: torch.nn.Module,
+    network: torch.nn.Module,
     val_loader: ShardLoader | None,
     log: RunLog,
+    checkpoints: Checkpoints,
+    watchdog: Watchdog,
     stop: StopRequest,
 ) -> int:
-    """The loop. Updates `gpt` in place and returns the number of steps done, fewer than asked for after Ctrl-C."""
-    network = torch.compile(gpt, fullgraph=True) if config.compile else gpt
-    model = network if config.inference_only else distributed.data_parallel(network, world)
-    optimizer = optim.build(gpt, config)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
+    """The loop, from `state.step` on. Updates `state` in place and returns the exit status.
+
+    Backward passes of `model` average gradients over the ranks; `network` is the same without, for forward passes.
+    """
+    gpt, train_loader, optimizer, scaler = state.gpt, state.loader, state.optimizer, state.scaler
     autocast = torch.autocast(world.device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
     grad_mode = contextlib.nullcontext() if not config.inference_only else torch.no_grad()
     grad_accum_steps = config.grad_accum_steps(world.size)
     peak = peak_flops(device_name(world), config.dtype, config.tensorcores)
     step_times = []
 
-    for step in range(config.num_iterations + 1):
+    for step in range(state.step, config.num_iterations + 1):
         last_step = step == config.num_iterations
         if val_loader and is_due(config.val_loss_every, step, last_step):
+            watchdog.at(step, "validation")
             val_loss = validate(network, val_loader, autocast, config, world)
             log.validation(step, val_loss)
             say(world, f"val loss {val_loss:.6f}")
         if is_due(config.sample_every, step, last_step):
+            watchdog.at(step, "sample")
             with autocast:
                 text = sample(gpt, world.device)
             say(world, f"sample: {text!r}")
@@ -116,10 +163,13 @@ def train(
         started = time.perf_counter()
         if config.overfit_single_batch:
             train_loader.reset()
-        loss = torch.zeros((), device=world.device)
+        where = f"step {step + 1}, {train_loader.where()}"
+        loss, norm = torch.zeros(2, device=world.device)
         for micro_step in range(grad_accum_steps):
+            watchdog.at(step, "reading data")
             x, y = train_loader.next_batch()
-            distributed.synchronise_gradients(model, now=micro_step == grad_accum_steps - 1)
+            watchdog.at(step, "forward and backward")
+            distributed.synchronise_gradients(model, micro_step == grad_accum_steps - 1, config.zero_stage)
             with grad_mode, autocast:
                 _, micro_loss = model(x, y, return_logits=False)
                 micro_loss = micro_loss / grad_accum_steps  # so that gradients are the mean over the whole batch
@@ -128,20 +178,24 @@ def train(
                 scaler.scale(micro_loss).backward()
 
         lr = optim.learning_rate(step, config)
-        norm = None
         if not config.inference_only:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.grad_clip or float("inf"))
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            norm = optim.clip_gradients(state.params.values(), config.grad_clip)
 
-        # One small reduction a step: the loss over all ranks, and whether any rank was asked to stop.
-        asked = torch.tensor(float(stop.requested), device=world.device)
-        loss, asked = distributed.mean(torch.stack([loss, asked]), world).tolist()
-        seconds = time.perf_counter() - started  # .tolist() waited for the device
+        # One small reduction a step, so that all ranks decide alike: loss and norm, and whether one was asked to stop.
+        asked = torch.tensor([stop.interrupted, stop.preempted], dtype=torch.float32, device=world.device)
+        numbers = torch.cat([torch.stack([loss, norm]), asked])
+        loss, norm, interrupted, preempted = distributed.mean(numbers, world).tolist()
+        if not config.inference_only:
+            objection = state.guard.objection(where, loss, norm)
+            if objection:
+                say(world, objection)
+            optim.update(optimizer, scaler, accepted=not objection, finite=math.isfinite(loss + norm))
+        state.step = step + 1
+        distributed.wait_for_device(world)
+        seconds = time.perf_counter() - started
         step_times.append(seconds)
         tok_per_s = config.total_batch_size / seconds
         flops = flops_per_token(gpt.config, config.sequence_length) * (1 / 3 if config.inference_only else 1)
@@ -149,17 +203,27 @@ def train(
             "step": step,
             "tokens": (step + 1) * config.total_batch_size,
             "loss": loss,
-            "norm": None if norm is None else norm.item(),
+            "norm": None if config.inference_only else norm,
             "lr": lr,
             "ms": 1e3 * seconds,
             "tok_per_s": tok_per_s,
             "mfu": flops * tok_per_s / (peak * world.size) if peak else None,
             "memory_mib": peak_memory_mib(world.device),
+            "skipped": state.guard.skipped,
         }
         log.train(metrics)
         say(world, step_line(metrics, config.num_iterations))
-        if asked:
-            say(world, f"stopped by Ctrl-C after step {step + 1} of {config.num_iterations}")
+        if is_due(config.check_ranks_every, state.step, last_step=False):
+            watchdog.at(step, "comparing the ranks")
+            compare_ranks(world, state.params, {"the loader's position": train_loader.state_dict()})
+        ends = interrupted or preempted or state.step == config.num_iterations
+        if checkpoints.folder and (is_due(config.checkpoint_every, state.step, ends) or preempted):
+            watchdog.at(step, "saving")
+            checkpoints.save(state)
+        checkpoints.poll()
+        if interrupted or preempted:
+            signal_name = "Ctrl-C" if interrupted else "SIGTERM or SIGUSR1"
+            say(world, f"stopped by {signal_name} after step {step + 1} of {config.num_iterations}")
             break
 
     if step_times:
@@ -167,7 +231,7 @@ def train(
         memory = peak_memory_mib(world.device)
         peak_memory = "" if memory is None else f" | peak memory {memory:,.0f} MiB"
         say(world, f"mean of the last {len(recent)} steps {1e3 * average(recent):.1f} ms{peak_memory}")
-    return len(step_times)
+    return INTERRUPTED if state.step < config.num_iterations and not preempted else 0
 
 
 def is_due(every: int, step: int, last_step: bool) -> bool:
@@ -231,14 +295,12 @@ def check_against_model(config: Config, gpt: GPT) -> Config:
 def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoader, ShardLoader | None]:
     """Open the shards, of the embedded corpus if none were named, and return what was chosen with the loaders."""
     if config.input_bin is None:
-        if world.is_main:
-            prepare_pydoc()
-        distributed.barrier(world)
+        distributed.on_main(world, prepare_pydoc)
         folder = prepare_pydoc()
         val = str(folder / "val_*.bin") if config.input_val_bin is None else config.input_val_bin
         config = dataclasses.replace(config, input_bin=str(folder / "train_*.bin"), input_val_bin=val)
 
-    def loader(pattern: str) -> ShardLoader:
+    def loader(pattern: str, shuffle_seed: int | None = None) -> ShardLoader:
         return ShardLoader(
             pattern,
             config.batch_size,
@@ -247,17 +309,71 @@ def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoad
             world_size=world.size,
             device=world.device,
             vocab_size=gpt.config.vocab_size,
+            shuffle_seed=shuffle_seed,
         )
 
-    train_loader = loader(config.input_bin)
+    train_loader = loader(config.input_bin, SEED if config.shuffle else None)
     return config, train_loader, loader(config.input_val_bin) if config.input_val_bin else None
 
 
-def make_output_dir(config: Config, gpt: GPT) -> Path | None:
-    """Create the run directory; refuse one that holds something, or a disk that cannot hold the weights."""
+def run_facts(config: Config, world: World, gpt: GPT) -> dict:
+    """What decides a run, for config.json and for checkpoints."""
+    return {
+        "flags": config.deciding(),
+        "network": dataclasses.asdict(gpt.config),
+        "ranks": world.size,
+        "zero_stage": config.zero_stage,
+        "device": device_name(world),
+        "versions": checkpoint.versions(),
+    }
+
+
+def find_checkpoint(config: Config, world: World, loader: ShardLoader, facts: dict) -> Path | None:
+    """The checkpoint to go on from, with `loader` at its position; None to begin anew.
+
+    Raises:
+        BadInput: there is none where `--resume` says, or it is of another run than this one would be.
+    """
+    if world.max_restarts and config.checkpoint_every and not config.output_dir and config.resume == "0":
+        raise BadInput(
+            "torchrun's --max-restarts goes on from checkpoints; name the --output_dir where it finds them, so that it "
+            "is the same after a restart"
+        )
+    folder = None
+    if config.resume == "auto" or (world.restarts and config.output_dir):
+        folder = checkpoint.choose("auto", Path(config.output_dir), world, lambda line: say(world, line))
+    if folder is None and config.resume != "auto":
+        folder = checkpoint.choose(config.resume, None, world, lambda line: say(world, line))
+    if folder is None:
+        return None
+    record = checkpoint.read_record(folder)
+    differences = checkpoint.compare(record, facts)
+    if differences and not config.resume_override:
+        raise BadInput(
+            f"--resume {config.resume}: {folder} is of another run: {', '.join(differences)}; give what it was, or "
+            "--resume_override 1"
+        )
+    try:
+        loader.load_state_dict(record["loader"])
+    except BadInput as error:
+        if not config.resume_override:
+            raise
+        say(world, f"reading the data from the beginning: {error}")
+    return folder
+
+
+def make_output_dir(config: Config, world: World, gpt: GPT, resumed: Path | None) -> Path | None:
+    """Create the run directory, or go on in that of a checkpoint.
+
+    Raises:
+        BadInput: it holds something else, or the disk cannot hold the weights.
+    """
     if config.output_dir == "":
         return None
-    if config.output_dir is None:
+    home = resumed.parent.parent if resumed and resumed.parent.name == checkpoint.FOLDER else None
+    if home and (config.output_dir is None or Path(config.output_dir).absolute() == home.absolute()):
+        path = home
+    elif config.output_dir is None:
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{llmc.size_name(config.model)}"
         path = Path("runs") / name
         for number in range(2, 100):  # another run started in the same second
@@ -266,10 +382,14 @@ def make_output_dir(config: Config, gpt: GPT) -> Path | None:
             path = Path("runs") / f"{name}-{number}"
     else:
         path = Path(config.output_dir)
-        refuse_if_occupied(path)
+        goes_on = config.resume == "auto" or world.restarts
+        if not (goes_on and (path / RUN_CONFIG).exists()):
+            refuse_if_occupied(path)
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     needed = 4 * gpt.config.num_params() * (4 if config.write_tensors else 1)
+    if config.checkpoint_every:  # weights and two moments; a new one is written before the oldest goes
+        needed += 12 * gpt.config.num_params() * (config.keep + 1)
     if free < needed:
         raise BadInput(
             f"--output_dir {path}: the disk has {free / 2**20:,.0f} MiB left and this run writes about "
@@ -280,15 +400,9 @@ def make_output_dir(config: Config, gpt: GPT) -> Path | None:
     return path
 
 
-def write_config(path: Path, config: Config, world: World, gpt: GPT) -> None:
+def write_config(path: Path, config: Config, facts: dict) -> None:
     """Write down what decided this run."""
-    record = {
-        "flags": dataclasses.asdict(config),
-        "network": dataclasses.asdict(gpt.config),
-        "ranks": world.size,
-        "device": device_name(world),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
+    record = facts | {"flags": dataclasses.asdict(config)}
     with atomic_write(path) as file:
         file.write(json.dumps(record, indent=2).encode() + b"\n")
 
@@ -306,7 +420,17 @@ def write_tensors(output_dir: Path, config: Config, gpt: GPT, loader: ShardLoade
         llmc.write_tokenizer(output_dir / "gpt2_tokenizer.bin", token_bytes(), END_OF_TEXT)
 
 
-def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader) -> None:
+def write_weights(path: Path, state: TrainState, world: World) -> None:
+    """Write the weights, whole whatever the stage. Every rank takes part, and one writes."""
+    weights = distributed.FullWeights(state.params)
+    if world.is_main:
+        llmc.write_model(path, (state.gpt.config, weights))
+    else:
+        for name in llmc.tensor_shapes(state.gpt.config):  # in the order in which the other asks for them
+            weights[name]
+
+
+def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader, resumed: Path | None) -> None:
     """Say what is about to be trained, on what, with what."""
     decaying, others = (group["params"] for group in optim.parameter_groups(gpt, config.weight_decay))
     print(
@@ -323,13 +447,16 @@ def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader) -> Non
         f"device {device_name(world)} | backend {config.backend} | dtype {config.dtype} | torch {torch.__version__}",
         flush=True,
     )
+    if resumed:
+        print(f"resumed from {resumed}: {checkpoint.step_of(resumed)} of {config.num_iterations} steps are done")
 
 
-def conclude(config: Config, output_dir: Path | None, steps_done: int) -> None:
+def conclude(config: Config, world: World, output_dir: Path, resumable: bool) -> None:
     """Say where everything is, and what can be done with it."""
-    if not output_dir:
-        return
     print(f"\nrun directory: {output_dir} ({', '.join(sorted(path.name for path in output_dir.iterdir()))})")
+    if resumable:
+        launcher = "torchrun ..." if world.distributed else "python"
+        print(f"resume: {launcher} train.py {config.command_line(output_dir=str(output_dir), resume='auto')}")
     if not config.inference_only:
         print(f"go on from these weights:    python train.py --model {output_dir}")
         print(f"take them to transformers:   python -m model.hf export {output_dir} FOLDER")

@@ -13,8 +13,15 @@ SCAN_BLOCK = 1 << 22
 class ShardLoader:
     """Micro-batches from the shards that match a glob, round and round.
 
-    All ranks are in the same shard at the same base. Rank r reads B·T + 1 tokens at base + r·B·T; then base advances by
-    ranks·B·T. Where the next window of all ranks would pass the end of the shard, all go on to the next.
+    In order, as llm.c: all ranks are in the same shard at the same base. Rank r reads B·T + 1 tokens at base + r·B·T;
+    then base advances by ranks·B·T. Where the next window of all ranks would pass the end of the shard, all go on to
+    the next. The tokens that are left at the end of a shard are therefore up to ranks·B·T; with another number of ranks
+    a run reads the same tokens in the same order, and turns to the next shard a little earlier or later.
+
+    Shuffled: the unit is one sequence, the T + 1 tokens at a multiple of T in a shard. In every epoch the shards come
+    in an order drawn from (seed, epoch), and the sequences of each in an order drawn from (seed, epoch, shard). All
+    ranks together read this one stream, B sequences a rank in turn, across the ends of shards and epochs: whatever the
+    number of ranks, each sequence is read once an epoch.
 
     Args:
         pattern: glob of shards; they are read in sorted order.
@@ -24,6 +31,7 @@ class ShardLoader:
         world_size: number of ranks.
         device: where the batches are put. On CUDA the next batch travels while the last one is computed with.
         vocab_size: every id must be below it; each shard is looked through when it is opened.
+        shuffle_seed: draws the order of shards and sequences; None for the order on disk.
 
     Raises:
         BadInput: no file matches; a file is no shard, is too small for one window, or has too large an id.
@@ -38,11 +46,13 @@ class ShardLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         vocab_size: int = 50257,
+        shuffle_seed: int | None = None,
     ):
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.rank, self.world_size = rank, world_size
         self.device = torch.device(device)
         self.vocab_size = vocab_size
+        self.shuffle_seed = shuffle_seed
         self.files = find_shards(pattern)
         self._lengths = [len(open_shard(path)) for path in self.files]
         self.total_tokens = sum(self._lengths)
@@ -55,42 +65,56 @@ class ShardLoader:
                 )
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._ahead = None  # the batch that is on its way to the GPU
-        self._opened: int | None = None  # the shard that is mapped
+        self._mapped: dict[int, np.ndarray] = {}  # the tokens of the shards that were opened
+        self._permutations: dict[tuple[int, int], np.ndarray] = {}
+        self._sequences = np.array([(length - 1) // sequence_length for length in self._lengths])
         self.reset()
-        self._open(0)
+        self._open(int(self._order(0)[0]))
 
     @property
     def _stride(self) -> int:
         return self.world_size * self.batch_size * self.sequence_length
 
     def reset(self) -> None:
-        """Go back to the first token of the first shard."""
+        """Go back to the first token of the first shard; shuffled, to the first sequence of the first epoch."""
         self._ahead = None
-        self._go_to(shard=0, base=0)
+        self._go_to((0,) if self._shuffled else (0, 0))
 
     def state_dict(self) -> dict:
-        """The position of the next batch. It is the same on every rank."""
-        return {"shard": self._shard, "base": self._base, "lengths": list(self._lengths)}
+        """The position of the next batch, the same on every rank: the shard and the token in it; shuffled, the number
+        of sequences that were read so far by all ranks together."""
+        names = ("sequence",) if self._shuffled else ("shard", "base")
+        return dict(zip(names, self._position, strict=True)) | {"lengths": list(self._lengths)}
 
     def load_state_dict(self, state: dict) -> None:
         """Go to a position that `state_dict` gave.
 
         Raises:
-            BadInput: it speaks of other shards.
+            BadInput: it speaks of other shards, or of another order.
         """
         if list(state["lengths"]) != self._lengths:
             raise BadInput(
                 f"the saved position is of {len(state['lengths'])} shards with {sum(state['lengths'])} tokens, and "
                 f"--input_bin has {len(self.files)} with {self.total_tokens}; name the shards that were trained on"
             )
+        if self._shuffled != ("sequence" in state):
+            raise BadInput(f"the saved position is of --shuffle {int(not self._shuffled)}; give that")
         self._ahead = None
-        self._go_to(state["shard"], state["base"])
+        self._go_to((state["sequence"],) if self._shuffled else (state["shard"], state["base"]))
+
+    def where(self) -> str:
+        """What the next batch is read from, in words."""
+        if not self._shuffled:
+            return f"{self.files[self._position[0]]} from token {self._position[1]}"
+        shard, index = self._locate(self._position[0])
+        epoch = self._position[0] // int(self._sequences.sum())
+        return f"{self.files[shard]} from sequence {index} in the order of epoch {epoch}"
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next inputs and targets of this rank, each (B, T) int64 on the device.
 
         Raises:
-            BadInput: the next shard has an id at or above vocab_size.
+            BadInput: the next shard has an id at or above vocab_size. All ranks raise it at the same batch.
         """
         if self._copy_stream is None:
             return self._advance()
@@ -99,45 +123,94 @@ class ShardLoader:
         current.wait_stream(self._copy_stream)
         for tensor in (x, y):
             tensor.record_stream(current)
-        self._shard, self._base = self._after_ahead
+        self._position = self._after_ahead
         self._ahead = self._copy_ahead()
         return x, y
 
-    def _go_to(self, shard: int, base: int) -> None:
-        """Make (shard, base) the position, or the start of the next shard where no window fits behind base."""
-        if base + self._stride + 1 > self._lengths[shard]:
-            shard, base = (shard + 1) % len(self.files), 0
-        self._shard, self._base = shard, base
+    @property
+    def _shuffled(self) -> bool:
+        return self.shuffle_seed is not None
+
+    def _go_to(self, position: tuple[int, ...]) -> None:
+        """Make this the position; in the order on disk, the start of the next shard where no window fits behind it."""
+        if not self._shuffled:
+            shard, base = position
+            if base + self._stride + 1 > self._lengths[shard]:
+                position = (shard + 1) % len(self.files), 0
+        self._position = position
 
     def _advance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read this rank's window at the position, on the CPU, and move the position on."""
-        self._open(self._shard)
+        """Read this rank's windows at the position, on the CPU, and move the position on."""
         B, T = self.batch_size, self.sequence_length
-        first = self._base + self.rank * B * T
-        window = torch.from_numpy(self._tokens[first : first + B * T + 1].astype(np.int64))
-        self._go_to(self._shard, self._base + self._stride)
+        if self._shuffled:
+            (first,) = self._position
+            # Every rank opens what any rank reads, so that all of them refuse a bad shard at the same batch.
+            located = [self._locate(first + i) for i in range(self.world_size * B)]
+            tokens = {shard: self._open(shard) for shard, _ in located}
+            mine = located[self.rank * B : (self.rank + 1) * B]
+            windows = torch.from_numpy(
+                np.stack([tokens[shard][i * T : (i + 1) * T + 1] for shard, i in mine]).astype(np.int64)
+            )
+            self._go_to((first + self.world_size * B,))
+            return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        shard, base = self._position
+        first = base + self.rank * B * T
+        window = torch.from_numpy(self._open(shard)[first : first + B * T + 1].astype(np.int64))
+        self._go_to((shard, base + self._stride))
         return window[:-1].view(B, T), window[1:].view(B, T)
+
+    def _locate(self, sequence: int) -> tuple[int, int]:
+        """Where the sequence of this number in the shuffled stream is: its shard, and its index there."""
+        epoch, number = divmod(sequence, int(self._sequences.sum()))
+        order = self._order(epoch)
+        ends = np.cumsum(self._sequences[order])
+        turn = int(np.searchsorted(ends, number, side="right"))
+        shard = int(order[turn])
+        within = number - int(ends[turn]) + int(self._sequences[shard])
+        return shard, int(self._order_within(epoch, shard)[within])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The shards in the order of an epoch."""
+        return self._permutation(epoch, -1, len(self.files)) if self._shuffled else np.arange(len(self.files))
+
+    def _order_within(self, epoch: int, shard: int) -> np.ndarray:
+        """The sequences of a shard in the order of an epoch."""
+        return self._permutation(epoch, shard, int(self._sequences[shard]))
+
+    def _permutation(self, epoch: int, shard: int, length: int) -> np.ndarray:
+        """A permutation that (seed, epoch, shard) decides, with -1 for the shards themselves.
+
+        From numpy's RandomState, whose numbers are frozen for all of its versions, so that a run can be resumed after
+        an upgrade.
+        """
+        key = (epoch, shard)
+        if key not in self._permutations:
+            if len(self._permutations) > 8:
+                self._permutations.clear()  # no more than a few are in use at a time
+            random = np.random.RandomState([self.shuffle_seed, epoch, shard + 1])
+            self._permutations[key] = random.permutation(length)
+        return self._permutations[key]
 
     def _copy_ahead(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Start copying the next batch to the GPU; the position that others see stays before it."""
-        before = self._shard, self._base
+        before = self._position
         x, y = (tensor.pin_memory() for tensor in self._advance())
-        self._after_ahead = self._shard, self._base
-        self._shard, self._base = before
+        self._after_ahead = self._position
+        self._position = before
         with torch.cuda.stream(self._copy_stream):
             return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
-    def _open(self, shard: int) -> None:
-        """Map a shard and look through its ids, unless it is open."""
-        if shard == self._opened:
-            return
-        self._tokens = open_shard(self.files[shard])
-        for start in range(0, len(self._tokens), SCAN_BLOCK):
-            block = self._tokens[start : start + SCAN_BLOCK]
-            if block.max() >= self.vocab_size:
-                at = start + int(np.argmax(block >= self.vocab_size))
-                raise BadInput(
-                    f"{self.files[shard]}: token {at} has the id {self._tokens[at]}, and the model knows "
-                    f"{self.vocab_size} ids; train on shards of the model's own tokenizer"
-                )
-        self._opened = shard
+    def _open(self, shard: int) -> np.ndarray:
+        """The tokens of a shard; the first time it is mapped and its ids are looked through."""
+        if shard not in self._mapped:
+            tokens = open_shard(self.files[shard])
+            for start in range(0, len(tokens), SCAN_BLOCK):
+                block = tokens[start : start + SCAN_BLOCK]
+                if block.max() >= self.vocab_size:
+                    at = start + int(np.argmax(block >= self.vocab_size))
+                    raise BadInput(
+                        f"{self.files[shard]}: token {at} has the id {tokens[at]}, and the model knows "
+                        f"{self.vocab_size} ids; train on shards of the model's own tokenizer"
+                    )
+            self._mapped[shard] = tokens
+        return self._mapped[shard]

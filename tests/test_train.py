@@ -97,7 +97,7 @@ def test_run_directory_and_logs(run_tiny, tiny):
     order = [(0, tel), (0, trl), (1, trl), (2, tel), (2, trl), (3, trl), (4, tel), (4, trl), (5, tel)]
     assert kinds == [(str(step), kind) for step, kind in order]
     assert [line["step"] for line in run.metrics] == [0, 1, 2, 3, 4]
-    keys = {"step", "tokens", "loss", "norm", "lr", "ms", "tok_per_s", "mfu", "memory_mib"}
+    keys = {"step", "tokens", "loss", "norm", "lr", "ms", "tok_per_s", "mfu", "memory_mib", "skipped"}
     assert all(line.keys() == keys for line in run.metrics)
     assert all(line["mfu"] is None for line in run.metrics)  # nobody knows the peak of a CPU
     config = json.loads((run.output_dir / "config.json").read_text())

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import shlex
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -26,6 +27,10 @@ GPU = {
     "num_iterations": 200,
     "learning_rate": 6e-4,
 }
+DECIDING = (
+    *("shuffle", "overfit_single_batch", "sequence_length", "total_batch_size", "num_iterations", "learning_rate"),
+    *("warmup_iters", "learning_rate_decay_frac", "weight_decay", "grad_clip", "skip_loss_z", "skip_norm_z", "dtype"),
+)
 BY_DEVICE = {"cpu": LAPTOP, "mps": LAPTOP, "cuda": GPU}
 """Defaults that follow the device: the largest preset that suits it, and a run of minutes."""
 
@@ -69,6 +74,12 @@ class Config:
     input_val_bin: str | None = flag(
         None, "data", 'Glob of the validation shards; "" for none (default: none, or the embedded corpus\'s own).'
     )
+    shuffle: int = switch(
+        0,
+        "data",
+        "1 reads shards and sequences in an order drawn anew for each epoch, the same for any number of ranks; 0 in "
+        "the order on disk, as llm.c.",
+    )
     overfit_single_batch: int = switch(0, "data", "1 trains on the first batch over and over, to see the loss fall.")
 
     batch_size: int | None = flag(None, "batch", "Sequences in a micro-batch of one rank, B (default: 8; GPU 4).")
@@ -88,6 +99,15 @@ class Config:
     )
     weight_decay: float = flag(0.0, "optimisation", "AdamW's decay of the tensors of two or more dimensions.")
     grad_clip: float = flag(1.0, "optimisation", "Largest norm of the gradient; 0 does not clip.")
+    skip_loss_z: float = flag(
+        0.0,
+        "optimisation",
+        "Skip an update whose loss lies more than so many standard deviations above the mean of the last 128; 0 skips "
+        "none but those that are not finite.",
+    )
+    skip_norm_z: float = flag(
+        0.0, "optimisation", "The same for the norm of the gradient before it is clipped; 0 skips none."
+    )
 
     val_loss_every: int | None = flag(
         None, "evaluation", "Steps between validations; 0 for none (default: 50 where there are validation shards)."
@@ -115,7 +135,35 @@ class Config:
         (0, 1, 2),
     )
     zero_stage: int = flag(
-        0, "machine", "Under torchrun: 0 keeps the optimizer state on every rank, 1 shards it.", (0, 1)
+        0,
+        "machine",
+        "What is sharded over the ranks of torchrun: 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters "
+        "too.",
+        (0, 1, 2, 3),
+    )
+    timeout_s: int = flag(600, "machine", "Seconds that a rank waits for the others before it gives up and says why.")
+    check_ranks_every: int = flag(
+        0,
+        "machine",
+        "Steps between comparisons of the ranks' weights, which stop the run where they differ; 0 for none.",
+    )
+
+    checkpoint_every: int = flag(
+        0, "checkpoints", "Steps between checkpoints; 0 saves only where SIGTERM or SIGUSR1 end the run."
+    )
+    keep: int = flag(2, "checkpoints", "How many of the newest checkpoints stay.")
+    keep_every: int = flag(
+        0, "checkpoints", "Checkpoints of steps that are a multiple of this stay as well; 0 for none."
+    )
+    resume: str = flag(
+        "0",
+        "checkpoints",
+        "auto goes on from the newest whole checkpoint in --output_dir, or begins there if it has none; a path, from "
+        "that checkpoint, or the newest of that run directory, in its run directory unless --output_dir names a new "
+        "folder; 0 begins anew.",
+    )
+    resume_override: int = switch(
+        0, "checkpoints", "1 resumes although model, data order, batch or schedule differ from the checkpoint's."
     )
 
     output_dir: str | None = flag(
@@ -127,11 +175,15 @@ class Config:
     tensorboard: int = switch(0, "output", "1 writes TensorBoard events too (needs the extra: tensorboard).")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length", "total_batch_size", "val_max_steps"):
+        for name in ("batch_size", "sequence_length", "total_batch_size", "val_max_steps", "timeout_s", "keep"):
             self._check(name, getattr(self, name), least=1)
-        for name in ("num_iterations", "warmup_iters", "val_loss_every", "sample_every"):
+        for name in ("num_iterations", "warmup_iters", "val_loss_every", "sample_every", "check_ranks_every"):
+            self._check(name, getattr(self, name), least=0)
+        for name in ("checkpoint_every", "keep_every"):
             self._check(name, getattr(self, name), least=0)
         for name in ("learning_rate", "learning_rate_decay_frac", "weight_decay", "grad_clip"):
+            self._check(name, getattr(self, name), least=0.0)
+        for name in ("skip_loss_z", "skip_norm_z"):
             self._check(name, getattr(self, name), least=0.0)
         if self.model == "":
             raise BadInput('--model is ""; give a preset, a name or a path, or leave it out')
@@ -142,6 +194,16 @@ class Config:
         if self.output_dir == "" and (self.write_tensors or self.tensorboard):
             name = "write_tensors" if self.write_tensors else "tensorboard"
             raise BadInput(f'--{name} 1 has nowhere to write to: give an --output_dir that is not ""')
+        if self.checkpoint_every and self.output_dir == "":
+            raise BadInput('--checkpoint_every has nowhere to write to: give an --output_dir that is not ""')
+        if self.checkpoint_every and self.inference_only:
+            raise BadInput("--checkpoint_every has nothing to save with --inference_only 1; leave one of them out")
+        if self.resume == "auto" and not self.output_dir:
+            raise BadInput("--resume auto needs an --output_dir: the run to go on with")
+        if self.resume == "":
+            raise BadInput('--resume is ""; give auto, the path of a checkpoint or a run directory, or 0')
+        if self.resume != "0" and self.inference_only:
+            raise BadInput("--resume goes on with a training run; leave it or --inference_only 1 out")
 
     @staticmethod
     def _check(name: str, value: float | None, least: float) -> None:
@@ -181,6 +243,16 @@ class Config:
         elif self.val_loss_every and self.input_bin is not None and self.input_val_bin is None:
             raise BadInput("--val_loss_every needs validation shards: give --input_val_bin, or --val_loss_every 0")
         return Config(**values)
+
+    def deciding(self) -> dict[str, Any]:
+        """The flags that decide what a run computes, whatever it computes on: what a resumed run has to share."""
+        return {name: getattr(self, name) for name in DECIDING}
+
+    def command_line(self, **changes: Any) -> str:
+        """The arguments that give this configuration, with changes, for a shell."""
+        config = dataclasses.replace(self, **changes)
+        given = [f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
+        return shlex.join(word for f in given for word in (f"--{f.name}", str(getattr(config, f.name))))
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-steps of one update."""

@@ -1,19 +1,30 @@
-"""Ranks: who this process is, what it computes on, and how the ranks agree.
+"""Ranks: who this process is, what it computes on, how a network is spread over them, and how they agree.
 
 The loop is the same for one process and for many: with one rank, every function here is what it says and no more.
 """
 
 import os
 import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common import BadInput
+from model.gpt import GPT
 
 DEVICES = ("cuda", "mps", "cpu")
+TIMEOUT_S = 600
+"""how long a rank waits for the others, unless told otherwise"""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,13 @@ class World:
     device: torch.device
     distributed: bool
     """True under torchrun, also with a single rank"""
+    store: dist.Store | None = None
+    """what the ranks can write to and read from at any time; None where there is one process"""
+    timeout_s: int = TIMEOUT_S
+    restarts: int = 0
+    """how often torchrun has started the ranks anew, after one of them failed"""
+    max_restarts: int = 0
+    """how often it would"""
 
     @property
     def is_main(self) -> bool:
@@ -33,12 +51,13 @@ class World:
         return self.rank == 0
 
 
-def start(device: str = "", zero_stage: int = 0) -> World:
+def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> World:
     """Find the device and, under torchrun, join the process group: NCCL on GPUs, gloo elsewhere.
 
     Args:
         device: "cuda", "cuda:1", "mps", "cpu", or "" for the first kind that is there.
         zero_stage: what is going to be sharded; anything above 0 takes ranks.
+        timeout_s: how long a rank waits for the others before it gives up.
 
     Raises:
         BadInput: no such device here, or a ZeRO stage outside torchrun.
@@ -70,12 +89,20 @@ def start(device: str = "", zero_stage: int = 0) -> World:
     chosen = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(chosen)
+    store = None
     if distributed:
-        if kind == "cuda":
-            dist.init_process_group("nccl", device_id=chosen)
-        else:
-            dist.init_process_group("gloo")
-    return World(rank, local_rank, size, chosen, distributed)
+        timeout = timedelta(seconds=timeout_s)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=chosen if kind == "cuda" else None,
+        )
+    restarts, max_restarts = (int(os.environ.get(f"TORCHELASTIC_{n}", "0")) for n in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return World(rank, local_rank, size, chosen, distributed, store, timeout_s, restarts, max_restarts)
 
 
 def stop(world: World) -> None:
@@ -84,23 +111,122 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
+def wait_for_device(world: World) -> None:
+    """Wait until the GPU has done what it was asked for."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
 def barrier(world: World) -> None:
     """Wait for all ranks."""
     if world.distributed:
         dist.barrier()
 
 
-def data_parallel(model: torch.nn.Module, world: World) -> torch.nn.Module:
-    """Let the backward of `model` average its gradients over the ranks (DistributedDataParallel)."""
+def on_main(world: World, function: Callable[[], T]) -> T:
+    """Call a function on the one rank that prints and writes, and give what it returned, or raised, to all of them.
+
+    Raises:
+        BadInput: the function did; on every rank, so that none waits for one that has ended.
+    """
     if not world.distributed:
-        return model
-    return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+        return function()
+    outcome: list = [None]
+    if world.is_main:
+        try:
+            outcome = [function()]
+        except BadInput as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], BadInput):
+        raise outcome[0]
+    return outcome[0]
 
 
-def synchronise_gradients(model: torch.nn.Module, now: bool) -> None:
+def gather(world: World, value: T) -> list[T]:
+    """What each rank gave, by rank, on every rank."""
+    if not world.distributed:
+        return [value]
+    values: list = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def spread(gpt: GPT, world: World, zero_stage: int, dtype: str, compile: bool) -> tuple[torch.nn.Module, ...]:
+    """Prepare a network, which is on the device, for all ranks.
+
+    Args:
+        gpt: sharded in place at stages 2 and 3 (ZeRO, https://arxiv.org/abs/1910.02054), left as it is below.
+        world: the ranks.
+        zero_stage: 0 and 1, DistributedDataParallel; 2, FSDP2 that keeps parameters between forward and backward; 3,
+            FSDP2 that frees them.
+        dtype: what the matmuls compute in.
+        compile: with torch.compile.
+
+    Returns:
+        (the network whose backward averages gradients over the ranks, the network for forward passes alone)
+    """
+    if zero_stage >= 2:
+        shard(gpt, zero_stage, dtype, compile)
+        return gpt, gpt
+    network = torch.compile(gpt, fullgraph=True) if compile else gpt
+    if not world.distributed:
+        return network, network
+    device_ids = [world.local_rank] if world.device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=device_ids), network
+
+
+def shard(gpt: GPT, zero_stage: int, dtype: str, compile: bool) -> None:
+    """Apply FSDP2. The unit is a block: its matrices and their biases are gathered and freed together.
+
+    What autocast computes in fp32 stays in fp32: LayerNorms and embeddings belong to the root, with the tied matrix,
+    which autocast casts for the logits as it does without sharding. A block's matrices travel in `dtype`, as autocast
+    would cast them, and gradients are reduced in fp32.
+    """
+    low = None if dtype == "float32" else getattr(torch, dtype)
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    frees = zero_stage == 3
+    for block in gpt.transformer.h:
+        if compile:  # below the hooks that gather and free, which torch.compile cannot look into
+            block.attn.forward = torch.compile(block.attn.forward, fullgraph=True)
+            block.mlp.forward = torch.compile(block.mlp.forward, fullgraph=True)
+        fully_shard([block.attn, block.mlp], reshard_after_forward=frees, mp_policy=policy)
+    root_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(gpt, reshard_after_forward=frees, mp_policy=root_policy)
+    # It warns that a view must not be changed in place; nothing here changes an activation in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+
+
+def synchronise_gradients(model: torch.nn.Module, now: bool, zero_stage: int) -> None:
     """Say whether the next forward and backward average the gradients, or leave them to accumulate on each rank."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+        # Parameters do not change before the update, so stage 2 gathers them once for all micro-steps.
+        model.set_reshard_after_backward(now or zero_stage == 3)
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be sharded. Every rank has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class FullWeights(Mapping[str, torch.Tensor]):
+    """Parameters by name, each put together from its shards when it is looked up, so that no more than one is whole at
+    a time. Every rank has to look up the same names in the same order."""
+
+    def __init__(self, params: Mapping[str, torch.Tensor]):
+        self.params = params
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return full(self.params[name].detach())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.params)
+
+    def __len__(self) -> int:
+        return len(self.params)
 
 
 def mean(values: torch.Tensor, world: World) -> torch.Tensor:
@@ -113,17 +239,28 @@ def mean(values: torch.Tensor, world: World) -> torch.Tensor:
 
 
 class StopRequest:
-    """Ctrl-C asks the run to end after the step at hand; a second Ctrl-C ends it at once."""
+    """Signals that ask the run to end after the step at hand.
+
+    Ctrl-C (SIGINT) interrupts; a second one ends the run at once. SIGTERM and SIGUSR1, which schedulers send before
+    they take the machine away, preempt: the run saves first.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.interrupted = False
+        self.preempted = False
 
     def install(self) -> "StopRequest":
-        """Listen to SIGINT from now on."""
-        signal.signal(signal.SIGINT, self._on_signal)
+        """Listen from now on."""
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        for name in ("SIGTERM", "SIGUSR1"):  # Windows has no SIGUSR1
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._on_preemption)
         return self
 
-    def _on_signal(self, signum: int, frame: object) -> None:
-        if self.requested:
+    def _on_interrupt(self, signum: int, frame: object) -> None:
+        if self.interrupted:
             raise KeyboardInterrupt
-        self.requested = True
+        self.interrupted = True
+
+    def _on_preemption(self, signum: int, frame: object) -> None:
+        self.preempted = True

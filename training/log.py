@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -23,17 +24,20 @@ class RunLog:
         output_dir: an existing folder, or None to keep nothing.
         title: what loss.png is headed with.
         tensorboard: write TensorBoard events as well.
+        first_step: where a run goes on that was here before; what it recorded from this step on is forgotten.
 
     Raises:
         BadInput: a file cannot be written, or tensorboard is not installed.
     """
 
-    def __init__(self, output_dir: Path | None, title: str = "", tensorboard: bool = False):
+    def __init__(self, output_dir: Path | None, title: str = "", tensorboard: bool = False, first_step: int = 0):
         self.output_dir = output_dir
         self.title = title
         self.train_losses: list[tuple[int, float]] = []
         self.val_losses: list[tuple[int, float]] = []
-        self._events = _tensorboard_writer(output_dir) if tensorboard and output_dir else None
+        self._events = _tensorboard_writer(output_dir, first_step) if tensorboard and output_dir else None
+        if output_dir:
+            self._go_on_from(first_step)
 
     def train(self, metrics: dict[str, float | None]) -> None:
         """Record an update: its `step` and `loss`, and whatever else stands in `metrics`, as one line of metrics.jsonl.
@@ -82,6 +86,27 @@ class RunLog:
         if self._events:
             self._events.close()
 
+    def _go_on_from(self, first_step: int) -> None:
+        """Cut off the lines of steps that are to come, and one that was never finished; remember the others' losses."""
+        kept = {"main.log": [], "metrics.jsonl": []}
+        for line in self._lines("main.log"):
+            match = re.fullmatch(r"s:(\d+) (trl|tel):(\S+)\n", line)
+            if match and int(match[1]) < first_step:
+                kept["main.log"].append(line)
+                losses = self.train_losses if match[2] == "trl" else self.val_losses
+                losses.append((int(match[1]), float(match[3])))
+        for line in self._lines("metrics.jsonl"):
+            if line.endswith("}\n") and json.loads(line)["step"] < first_step:
+                kept["metrics.jsonl"].append(line)
+        for name, lines in kept.items():
+            if lines != self._lines(name):
+                with atomic_write(self.output_dir / name) as file:
+                    file.write("".join(lines).encode())
+
+    def _lines(self, name: str) -> list[str]:
+        path = self.output_dir / name
+        return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+
     def _append(self, name: str, line: str) -> None:
         if self.output_dir:
             path = self.output_dir / name
@@ -89,12 +114,12 @@ class RunLog:
                 file.write(line + "\n")
 
 
-def _tensorboard_writer(output_dir: Path):
+def _tensorboard_writer(output_dir: Path, first_step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise BadInput("--tensorboard 1 needs tensorboard: pip install -e '.[tensorboard]', or leave it out") from error
-    return SummaryWriter(str(output_dir))
+    return SummaryWriter(str(output_dir), purge_step=first_step or None)
 
 
 def peak_memory_mib(device: torch.device) -> float | None:

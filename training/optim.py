@@ -1,11 +1,13 @@
 """The optimiser and its learning rate."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from training.config import Config
+from training.distributed import full
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
@@ -53,3 +55,44 @@ def build(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     if config.zero_stage == 1:
         return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
+
+
+def local_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    """AdamW's state of the parameters that this rank updates: step, exp_avg and exp_avg_sq of each.
+
+    AdamW makes it at its first update; what is not there yet is made here in the same way, so that it can be saved
+    before, and be loaded into. ZeroRedundancyOptimizer's own state_dict would gather the state of all ranks on one.
+    """
+    local = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    for group in local.param_groups:
+        for p in group["params"]:
+            if p not in local.state:
+                step = torch.zeros((), dtype=torch.float32, device=p.device if group["fused"] else "cpu")
+                moments = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+                local.state[p] = {"step": step, **moments}
+    return local.state
+
+
+def clip_gradients(params: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale the gradients to a norm of at most `max_norm` (0: of any), over all parameters and all of their shards.
+
+    Returns:
+        () the norm before. Every rank has to ask for it, and gets the same bits.
+    """
+    params = [p for p in params if p.grad is not None]
+    norm = full(torch.nn.utils.get_total_norm([p.grad for p in params]))
+    torch.nn.utils.clip_grads_with_norm_(params, max_norm or float("inf"), norm)
+    return norm
+
+
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, accepted: bool, finite: bool) -> None:
+    """Make an update with the unscaled gradients, or skip it, and free them.
+
+    float16's loss scale falls where gradients were not finite. The scaler itself would look at this rank's shards
+    alone; `finite` is what all ranks agreed on.
+    """
+    if accepted:
+        scaler.step(optimizer)
+    if scaler.is_enabled():
+        scaler.update(None if finite else scaler.get_scale() * scaler.get_backoff_factor())
+    optimizer.zero_grad(set_to_none=True)

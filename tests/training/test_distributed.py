@@ -1,34 +1,140 @@
-"""Two gloo ranks against one process on the same global batch."""
+"""Every ZeRO stage on 1, 2 and 4 gloo ranks against one process on the same global batch."""
+
+import filecmp
+import json
 
 import pytest
+import torch
 
-from model import llmc
-from tests.conftest import TINY
+from data.tokenizer import vocabulary_files
+from model import hf, llmc
+from model.gpt import GPT, GPTConfig
+from tests.training.conftest import keep_gradients, same_weights, weights_of
 
-FLAGS = {"total_batch_size": 256, "weight_decay": 0.1, "grad_clip": 0.7, "val_loss_every": 5, "val_max_steps": 4}
+STRIDE = 8  # sequences that all ranks read in a micro-step
+FLAGS = {
+    "num_iterations": 8,
+    "total_batch_size": 2 * STRIDE * 16,  # two micro-steps of 16 tokens a sequence
+    "weight_decay": 0.1,
+    "grad_clip": 0.7,
+    "warmup_iters": 3,
+    "learning_rate_decay_frac": 0.1,
+    "val_loss_every": 4,
+    "val_max_steps": 3,
+}
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_two_ranks_train_like_one(run_tiny, torchrun_tiny, zero_stage):
-    one = run_tiny(**FLAGS, batch_size=8)  # what two ranks read in batches of 4, one process reads in batches of 8
-    two = torchrun_tiny(2, **FLAGS, zero_stage=zero_stage)  # 4 sequences a rank, two micro-steps
-    assert len(two.metrics) == 5
-    for ours, theirs in zip(two.metrics, one.metrics, strict=True):
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Filled by the first test that needs it."""
+    return {}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_ranks_train_like_one_process(run_ranks, reference, tmp_path, ranks, zero_stage):
+    if not reference:
+        run = run_ranks(0, keep_gradients, (tmp_path,), batch_size=STRIDE, **FLAGS)
+        reference |= {"metrics": run.metrics, "val": validations(run), "weights": weights_of(run)}
+        reference["gradients"] = torch.load(tmp_path / "gradients_0.pt")
+        assert any(line["norm"] > 0.7 for line in run.metrics)  # the clip has something to do
+    run = run_ranks(
+        ranks, keep_gradients, (tmp_path,), batch_size=STRIDE // ranks, zero_stage=zero_stage, sample_every=0, **FLAGS
+    )
+    assert len(run.metrics) == 8
+    for ours, theirs in zip(run.metrics, reference["metrics"], strict=True):
         for key in ("loss", "norm", "lr", "tokens"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
-    weights, reference = llmc.load_model(two.output_dir).state_dict(), llmc.load_model(one.output_dir).state_dict()
-    for name, weight in reference.items():
-        difference = weights[name] - weight
-        if name.endswith("c_attn.bias"):
-            # Softmax does not see the keys' bias: its gradient is mere rounding, which Adam takes for a direction.
-            difference[TINY.n_embd : 2 * TINY.n_embd] = 0
-        assert difference.norm() <= 1e-5 * weight.norm(), name
-    losses = [[float(line.split("tel:")[1]) for line in run.log if "tel" in line] for run in (one, two)]
-    assert len(losses[0]) == 2
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert validations(run) == pytest.approx(reference["val"], rel=1e-5)
+    for rank in range(ranks):
+        for step, gradients in enumerate(torch.load(tmp_path / f"gradients_{rank}.pt")):
+            for i, gradient in enumerate(gradients):
+                assert_close(gradient, reference["gradients"][step][i], f"rank {rank}, step {step}, tensor {i}")
+    for name, weight in weights_of(run).items():
+        assert_close(*determined(name, weight, reference["weights"][name]), name)
+
+
+def validations(run) -> list[float]:
+    return [float(line.split("tel:")[1]) for line in run.log if "tel" in line]
+
+
+def determined(name: str, *biases: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A softmax does not see what a bias adds to all keys: its gradient is rounding noise, which Adam blows up."""
+    if not name.endswith("c_attn.bias"):
+        return biases
+    return tuple(torch.cat([bias.tensor_split(3)[i] for i in (0, 2)]) for bias in biases)
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
+    """Within 1e-5 of the tensor's largest element."""
+    off = (ours - theirs).abs().max() / theirs.abs().max()
+    assert off < 1e-5, f"{what} is off by {off:.1e}"
+
+
+def test_stages_2_and_3_are_the_same_bits_in_bfloat16(run_ranks):
+    flags = FLAGS | {"dtype": "bfloat16", "batch_size": 4, "recompute": 2, "val_loss_every": 0}
+    second, third = (run_ranks(2, zero_stage=stage, **flags) for stage in (2, 3))
+    assert second.losses == third.losses
+    assert [line["norm"] for line in second.metrics] == [line["norm"] for line in third.metrics]
+    assert same_weights(second, third)
+    autocast = run_ranks(2, **flags)
+    assert second.losses[0] == autocast.losses[0]  # the same arithmetic in the forward pass
+    assert second.losses == pytest.approx(autocast.losses, rel=1e-4)
+
+
+def overflow_once(rank: int) -> None:
+    """Make the gradients of the second step overflow on the last rank alone."""
+    import train
+
+    backward, calls = torch.Tensor.backward, []
+
+    def blow_up(loss):
+        calls.append(loss)
+        backward(loss * (torch.inf if len(calls) == 4 and rank == train.distributed.dist.get_world_size() - 1 else 1))
+
+    torch.Tensor.backward = blow_up
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_float16_lowers_its_scale_on_all_ranks_at_once(run_ranks, zero_stage):
+    run = run_ranks(2, overflow_once, zero_stage=zero_stage, dtype="float16", checkpoint_every=3, batch_size=4, **FLAGS)
+    assert [line["skipped"] for line in run.metrics] == [0] + [1] * 7
+    assert run.losses[-1] < run.losses[0]
+    assert "step 2, " in run.screen and "update skipped" in run.screen
+    scaler = json.loads((run.output_dir / "checkpoints" / "step_8" / "state.json").read_text())["scaler"]
+    assert scaler["scale"] == 65536 / 2
+
+
+def test_files_do_not_depend_on_the_stage(run_ranks, tmp_path):
+    """Validation, samples, weights for llm.c and for transformers, with a time-out of 30 seconds on every rank."""
+    flags = FLAGS | {"num_iterations": 3, "val_loss_every": 1, "write_tensors": 1, "batch_size": 4}
+    runs = [run_ranks(2, zero_stage=stage, **flags) for stage in (0, 2, 3)]
+    before = {"gpt2_tiny.bin", "gpt2_tiny_bf16.bin", "gpt2_tiny_debug_state.bin"}
+    for run in runs:
+        assert {path.name for path in run.output_dir.glob("*.bin")} == before | {"model.bin"}
+        match, *different = filecmp.cmpfiles(runs[0].output_dir, run.output_dir, before, shallow=False)
+        assert set(match) == before, different
+        assert validations(run) == pytest.approx(validations(runs[0]), rel=1e-5)
+        weights = weights_of(run)
+        for name, weight in weights_of(runs[0]).items():
+            assert_close(*determined(name, weights[name], weight), name)
+    hf.export(run.output_dir, tmp_path / "for_transformers", vocabulary_files())
+    exported = dict(hf.from_pretrained(str(tmp_path / "for_transformers")).named_parameters())
+    assert all(torch.equal(exported[name], weight) for name, weight in weights.items())
+
+
+def test_samples_at_every_stage(run_ranks, tmp_path):
+    """GPT-2's vocabulary, so that there are samples; every rank takes part in them and the text is the same."""
+    small = GPTConfig(block_size=32, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
+    llmc.write_model(tmp_path / "gpt2_small.bin", GPT(small))
+    flags = {"model": tmp_path / "gpt2_small.bin", "num_iterations": 2, "sample_every": 1}
+    screens = [run_ranks(2, zero_stage=stage, **flags).screen for stage in (0, 3)]
+    samples = [[line for line in screen.splitlines() if line.startswith("sample: ")] for screen in screens]
+    assert len(samples[0]) == 3 and samples[0] == samples[1]
 
 
 def test_the_screen_is_written_once(torchrun_tiny):
-    run = torchrun_tiny(2, num_iterations=2)
+    """By torchrun itself."""
+    run = torchrun_tiny(2, num_iterations=2, zero_stage=2)
     assert run.screen.count("| train loss") == 2
     assert "2 ranks × 1 micro-steps = 128 tokens" in run.screen

@@ -1,0 +1,71 @@
+"""Runs of the tiny network on gloo ranks."""
+
+import itertools
+
+import pytest
+import torch
+
+from bench import ranks
+from model import llmc
+from tests.conftest import Run, command_line
+from training import distributed, optim
+
+
+@pytest.fixture
+def start_ranks(tiny, tmp_path):
+    """Start train.py on the tiny network on so many ranks; 0 is one process that knows nothing of ranks.
+
+    Returns what was started, and the run that it leaves.
+    """
+    numbers = itertools.count()
+    started = []
+
+    def start(n_ranks: int, before=None, options=(), **flags) -> tuple[ranks.Ranks, Run]:
+        number = next(numbers)
+        given = {"output_dir": tmp_path / f"run{number}", "timeout_s": 30} | flags
+        arguments = command_line(tiny | {f"--{name}": value for name, value in given.items()})
+        processes = ranks.start(n_ranks, arguments, tmp_path / f"screen{number}", before, options)
+        started.append(processes)
+        return processes, Run(given["output_dir"], "")
+
+    yield start
+    for processes in started:
+        processes.kill()
+
+
+@pytest.fixture
+def run_ranks(start_ranks):
+    """The same, and wait for it to end well."""
+
+    def run(n_ranks: int, before=None, options=(), **flags) -> Run:
+        processes, run = start_ranks(n_ranks, before, options, **flags)
+        assert set(processes.wait()) == {0}, processes.errors
+        run.screen = processes.screen
+        return run
+
+    return run
+
+
+def keep_gradients(rank: int, folder) -> None:
+    """Make train.py write the gradients of each step, as the clip leaves them and whole, to `folder`."""
+    clip, steps = optim.clip_gradients, []
+
+    def clip_and_keep(params, max_norm):
+        params = list(params)
+        norm = clip(params, max_norm)
+        steps.append([distributed.full(p.grad).detach().clone() for p in params])
+        torch.save(steps, folder / f"gradients_{rank}.pt")
+        return norm
+
+    optim.clip_gradients = clip_and_keep
+
+
+def weights_of(run: Run) -> dict[str, torch.Tensor]:
+    """The weights that a run ended with."""
+    return dict(llmc.load_model(run.output_dir).named_parameters())
+
+
+def same_weights(a: Run, b: Run) -> bool:
+    """Whether two runs ended with the same bits."""
+    ours, theirs = weights_of(a), weights_of(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -1,0 +1,429 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+A checkpoint is the folder `checkpoints/step_N` of a run directory, N the number of updates done:
+
+    __R_0.distcp, .metadata   the tensors, as torch.distributed.checkpoint lays them out: whatever number of ranks and
+                              ZeRO stage wrote them, any other can read them
+    state.json                all that is no tensor: step, place in the data, outlier windows, loss scale, RNGs,
+                              configuration, versions
+    SHA256SUMS                of every file above, as `sha256sum -c` takes it
+
+It is written as `.step_N.part`, in the background, and gets its name when all of it is on disk. So a folder of that
+name was whole once; that it still is, its sums tell. All ranks write to the same file system.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+
+from common import BadInput
+from data.loader import ShardLoader
+from model.gpt import GPT
+from training import distributed, optim
+from training.distributed import World
+from training.faults import UpdateGuard
+
+FOLDER = "checkpoints"
+STATE, SUMS = "state.json", "SHA256SUMS"
+
+# A single process is what was asked for; it warns at every save, from the thread that writes.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+
+
+@dataclass
+class TrainState:
+    """What changes while a run goes on."""
+
+    gpt: GPT
+    params: dict[str, torch.Tensor]
+    """its parameters by name, the tied matrix once; as they are between updates: whole, or this rank's shards"""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loader: ShardLoader
+    guard: UpdateGuard
+    device: torch.device
+    step: int = 0
+    """updates done or skipped"""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights and AdamW's state of this rank, under names that no stage and no number of ranks changes."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.params.items()}
+        names = {p: name for name, p in self.params.items()}
+        for p, state in optim.local_state(self.optimizer).items():
+            tensors |= {f"optimizer.{names[p]}.{kind}": value for kind, value in state.items()}
+        return tensors
+
+    def record(self) -> dict[str, Any]:
+        """All the rest, as JSON has it. It is the same on every rank."""
+        kind, keys, *position = np.random.get_state()
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "guard": self.guard.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": {
+                "torch": bytes(torch.get_rng_state().tolist()).hex(),
+                "cuda": None if cuda is None else bytes(cuda.tolist()).hex(),
+                "python": random.getstate(),
+                "numpy": [kind, keys.tolist(), *position],
+            },
+        }
+
+    def load_record(self, record: dict[str, Any]) -> None:
+        """Go on from what `record` gave."""
+        self.step = record["step"]
+        self.guard.load_state_dict(record["guard"])
+        if self.scaler.is_enabled() and record["scaler"]:
+            self.scaler.load_state_dict(record["scaler"])
+        rng = record["rng"]
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(rng["torch"]), dtype=torch.uint8))
+        if rng["cuda"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(rng["cuda"]), dtype=torch.uint8), self.device)
+        version, internal, gauss = rng["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *position = rng["numpy"]
+        np.random.set_state((kind, np.array(keys, np.uint32), *position))
+
+
+class Checkpoints:
+    """The checkpoints of a run: saves in the background, one at a time, and deletes those that are not kept.
+
+    Args:
+        run_dir: the run directory; None where nothing is kept.
+        world: the ranks; each has to make the same calls.
+        facts: what is written beside the state: configuration, network, versions; see `compare`.
+        keep: how many of the newest stay.
+        keep_every: those of a step that is a multiple stay as well; 0 for none.
+        say: takes lines for the user.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | None,
+        world: World,
+        facts: dict[str, Any],
+        keep: int = 2,
+        keep_every: int = 0,
+        say: Callable[[str], None] = print,
+    ):
+        self.folder = run_dir / FOLDER if run_dir else None
+        self.world, self.facts, self.say = world, facts, say
+        self.keep, self.keep_every = keep, keep_every
+        self._saving: tuple[int, Future] | None = None
+        on_cuda = world.device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_cuda,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_cuda,
+            )
+        )
+        # A group of its own: the background must not get between the collectives of training.
+        self._group = dist.new_group(backend="gloo") if world.distributed and run_dir else None
+
+    def warm_up(self, state: TrainState) -> None:
+        """Set aside the memory into which tensors are copied at a save, so that the first is no slower than others."""
+        self._stager.stage(self._share(state))
+
+    def save(self, state: TrainState) -> None:
+        """Copy the state, and write it while training goes on. A save that is still under way is waited for.
+
+        A save that fails is reported, and leaves the earlier ones as they were.
+        """
+        self.wait()
+        folder = self.folder / f"step_{state.step}"
+        record = state.record() | self.facts
+        try:
+            future = dcp.async_save(
+                self._share(state),
+                storage_writer=_Writer(folder, json.dumps(record).encode() + b"\n", self._prune),
+                process_group=self._group,
+                async_stager=self._stager,
+                no_dist=not self.world.distributed,
+            )
+        except OSError as error:
+            future = Future()
+            future.set_exception(error)
+        self._saving = state.step, future
+
+    def wait(self) -> None:
+        """Wait for the save that is under way, if any, and report it if it failed."""
+        if self._saving:
+            (step, future), self._saving = self._saving, None
+            error = future.exception()
+            if error and self.world.is_main:
+                self.say(f"warning: the checkpoint of step {step} was not written: {_reason(error)}; {self.newest()}")
+                shutil.rmtree(_part(self.folder / f"step_{step}"), ignore_errors=True)
+
+    def newest(self) -> str:
+        """Which checkpoint there is to go on from, in words."""
+        newest = next(iter(find(self.folder)), None) if self.folder else None
+        return f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
+
+    def poll(self) -> None:
+        """Report a save that has failed since, without waiting."""
+        if self._saving and self._saving[1].done():
+            self.wait()
+
+    def load(self, folder: Path, state: TrainState) -> None:
+        """Load a checkpoint into the state, except for the position of its loader. Its sums were checked before."""
+        dcp.load(
+            state.tensors(),
+            storage_reader=dcp.FileSystemReader(folder),
+            process_group=self._group,
+            no_dist=not self.world.distributed,
+        )
+        state.load_record(read_record(folder))
+
+    def _share(self, state: TrainState) -> dict[str, torch.Tensor]:
+        """What this rank writes: its shards, what it alone has, and its part of what all ranks have alike."""
+        mine, alike = {}, {}
+        for name, tensor in state.tensors().items():
+            owned = isinstance(tensor, DTensor) or (name.startswith("optimizer.") and _is_zero_1(state.optimizer))
+            (mine if owned else alike)[name] = tensor
+        sizes = [0] * self.world.size
+        for name, tensor in sorted(alike.items(), key=lambda item: (-item[1].nbytes, item[0])):
+            rank = sizes.index(min(sizes))
+            sizes[rank] += tensor.nbytes
+            if rank == self.world.rank:
+                mine[name] = tensor
+        return mine
+
+    def _prune(self) -> None:
+        """Delete the checkpoints that are not kept. A newer one is on disk."""
+        for folder in find(self.folder)[self.keep :]:
+            if not (self.keep_every and step_of(folder) % self.keep_every == 0):
+                _delete(folder)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Writes one checkpoint under a hidden name, sums up its files, and gives it its name at the end.
+
+    torch.distributed.checkpoint calls `write_data` on every rank and then, where all succeeded, `finish` on one.
+    """
+
+    def __init__(self, folder: Path, record: bytes, prune: Callable[[], None]):
+        super().__init__(_part(folder))
+        self.folder, self.record, self.prune = folder, record, prune
+
+    def write_data(self, plan: Any, planner: Any) -> torch.futures.Future:
+        results = super().write_data(plan, planner).wait()
+        names = {result.storage_data.relative_path for result in results}
+        sums = {name: _sha256(Path(self.path) / name) for name in names}
+        future: torch.futures.Future = torch.futures.Future()
+        future.set_result([_Summed(r.index, r.size_in_bytes, r.storage_data, sums) for r in results])
+        return future
+
+    def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        part = Path(self.path)
+        _write(part / STATE, self.record)
+        sums = {name: digest for rank in results for result in rank for name, digest in result.sums.items()}
+        sums |= {name: _sha256(part / name) for name in (".metadata", STATE)}
+        _write(part / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+        _sync_folder(part)
+        os.rename(part, self.folder)
+        _sync_folder(self.folder.parent)
+        self.prune()
+
+
+@dataclass(frozen=True)
+class _Summed(WriteResult):
+    """What a rank reports of a tensor that it wrote, with the SHA-256 of the files that it is in."""
+
+    sums: dict[str, str]
+
+
+def find(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Hold a checkpoint against its sums.
+
+    Args:
+        folder: the checkpoint.
+        part: of the work, from 0; each rank reads some of the files.
+        parts: number of parts.
+
+    Returns:
+        What is wrong first, with the file's name; None where nothing is.
+    """
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:
+        return f"{folder / SUMS} cannot be read: {error}"
+    there = {path.name for path in folder.iterdir()} - {SUMS}
+    for name in sorted(sums.keys() ^ there):
+        return f"{folder / name} " + ("is missing" if name in sums else f"is not in {SUMS}")
+    for name in sorted(sums)[part::parts]:
+        try:
+            if _sha256(folder / name) != sums[name]:
+                return f"{folder / name} is not what was written: its SHA-256 differs from the one in {SUMS}"
+        except OSError as error:
+            return f"{folder / name} cannot be read: {error.strerror}"
+    return None
+
+
+def choose(resume: str, run_dir: Path | None, world: World, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `--resume` means, whole and held against its sums. Every rank takes part.
+
+    Args:
+        resume: "0"; "auto", the newest whole one in the run directory; or the path of a checkpoint or a run directory.
+        run_dir: where "auto" looks.
+        world: the ranks.
+        say: takes lines for the user: which checkpoints were refused.
+
+    Returns:
+        The checkpoint, or None to start from the beginning.
+
+    Raises:
+        BadInput: a path has no checkpoint, or not a whole one.
+    """
+    if resume == "0":
+        return None
+    path = Path(resume)
+    if resume != "auto" and path.is_dir() and path.name.startswith("step_"):
+        candidates = [path]
+    else:
+        run = run_dir if resume == "auto" else path
+        # As one rank sees it, so that no rank looks for what another has just moved.
+        candidates = distributed.on_main(world, lambda: find(run / FOLDER))
+    if resume != "auto" and not candidates:
+        raise BadInput(f"--resume {resume}: no checkpoint there; name a run directory, or one of its {FOLDER}/step_N")
+    for folder in candidates:
+        wrong = [w for w in distributed.gather(world, verify(folder, world.rank, world.size)) if w]
+        if not wrong:
+            return folder
+        if folder == path:
+            raise BadInput(f"--resume {resume}: {wrong[0]}; name another checkpoint")
+        say(f"refused {folder.name}: {wrong[0]}; trying the one before")
+    if resume != "auto":
+        raise BadInput(f"--resume {resume}: none of its {len(candidates)} checkpoints is whole; name another")
+    if candidates:
+        raise BadInput(
+            f"--resume auto: none of the {len(candidates)} checkpoints in {run_dir / FOLDER} is whole; name another "
+            "--output_dir to begin anew"
+        )
+    return None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors."""
+    return json.loads((folder / STATE).read_bytes())
+
+
+def tidy(run_dir: Path, step: int) -> list[str]:
+    """Remove what killed saves left, and set aside the checkpoints after a step, which this run is going to repeat.
+
+    Returns:
+        The new names of those that were set aside.
+    """
+    aside = []
+    for path in (run_dir / FOLDER).glob(".step_*"):
+        shutil.rmtree(path)
+    for folder in find(run_dir / FOLDER):
+        if step_of(folder) > step:
+            target = folder.with_name(f"{folder.name}.aside")
+            if target.exists():
+                shutil.rmtree(target)
+            folder.rename(target)
+            aside.append(target.name)
+    return aside
+
+
+def compare(record: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """The settings that decide what is computed and in which this run differs from the one that wrote a record.
+
+    Returns:
+        A phrase for each, with its name and both values.
+    """
+    return [
+        f"{kind} {name} was {record[kind].get(name)} and is {value}"
+        for kind in ("network", "flags")
+        for name, value in facts[kind].items()
+        if record[kind].get(name) != value
+    ]
+
+
+def versions() -> dict[str, str]:
+    """What the numbers may depend on beside the configuration."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def _is_zero_1(optimizer: torch.optim.Optimizer) -> bool:
+    return isinstance(optimizer, optim.ZeroRedundancyOptimizer)
+
+
+def _part(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.part")
+
+
+def _delete(folder: Path) -> None:
+    """Hide a checkpoint first, so that none that is half deleted bears its name."""
+    part = _part(folder)
+    os.rename(folder, part)
+    shutil.rmtree(part)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names in a folder outlast a power failure."""
+    if hasattr(os, "O_DIRECTORY"):  # Windows syncs no folders
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said, out of what torch.distributed.checkpoint wraps around it."""
+    failures = error.failures.items() if isinstance(error, CheckpointException) else [(0, (error, None))]
+    rank, (cause, _) = next(iter(failures))
+    link: BaseException | None = cause
+    while link and not isinstance(link, OSError):
+        link = link.__cause__ or link.__context__
+    cause = link or cause
+    text = f"{cause.strerror}: {cause.filename}" if isinstance(cause, OSError) and cause.filename else str(cause)
+    return f"rank {rank}: {' '.join(text.split())}"

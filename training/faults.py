@@ -1,0 +1,237 @@
+"""What goes wrong in a run of days: updates that would spoil the weights, ranks that die, hang or disagree."""
+
+import collections
+import contextlib
+import hashlib
+import json
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from training import distributed
+from training.distributed import World
+
+WINDOW = 128
+"""values that an outlier is measured against, as in llm.c"""
+MOST_SKIPPED = 20
+"""updates skipped in a row, for values that were not finite, after which a run stops; float16 needs a few to find its
+loss scale"""
+
+PULSE_S = 1.0
+SILENCE_S = 3.5
+"""a rank that did not write its pulse for so long is taken for dead"""
+
+
+class RunStopped(Exception):
+    """A run that cannot go on. The message is one line that says where and why, and what is left."""
+
+
+class UpdateGuard:
+    """Decides whether an update is made, from the loss and the gradient norm that all ranks agreed on.
+
+    Values that are not finite never are. A finite value is an outlier where it lies more than so many standard
+    deviations above the mean of the last 128, itself among them; there are none before 128 have been seen (llm.c's
+    outlier detector).
+
+    Args:
+        loss_z: standard deviations for the loss; 0 lets all pass.
+        norm_z: the same for the norm.
+    """
+
+    def __init__(self, loss_z: float = 0.0, norm_z: float = 0.0):
+        self.limits = {"loss": loss_z, "norm": norm_z}
+        self.windows = {name: collections.deque(maxlen=WINDOW) for name in self.limits}
+        self.skipped = 0
+        """updates skipped so far, for whatever reason"""
+        self.in_a_row = 0
+        """of them the last ones that were not finite, without one between that was"""
+
+    def objection(self, where: str, loss: float, norm: float) -> str | None:
+        """What speaks against the update with this loss and norm, in words; None where nothing does. It is counted.
+
+        Args:
+            where: the step, and the data that were read, in words.
+            loss: nats.
+            norm: of the gradient, before it is clipped.
+
+        Raises:
+            RunStopped: too many in a row were not finite.
+        """
+        values = {"loss": loss, "norm": norm}
+        broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            self.skipped += 1
+            self.in_a_row += 1
+            if self.in_a_row >= MOST_SKIPPED:
+                raise RunStopped(f"{where}: {' and '.join(broken)}, as in the {MOST_SKIPPED - 1} steps before")
+            return f"{where}: {' and '.join(broken)}; update skipped ({self.in_a_row} in a row, {MOST_SKIPPED} stop)"
+        self.in_a_row = 0
+        for name, value in values.items():
+            self.windows[name].append(value)
+        for name, value in values.items():
+            z = _z_score(self.windows[name])
+            if 0 < self.limits[name] < z:
+                self.skipped += 1
+                return (
+                    f"{where}: {name} {value:.6g} is {z:.1f} standard deviations above the mean of the last {WINDOW}; "
+                    "update skipped"
+                )
+        return None
+
+    def state_dict(self) -> dict:
+        """Everything that later decisions depend on, as JSON has it."""
+        return {
+            "windows": {name: list(window) for name, window in self.windows.items()},
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` gave."""
+        self.windows = {name: collections.deque(state["windows"][name], maxlen=WINDOW) for name in self.limits}
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+
+def _z_score(window: collections.deque) -> float:
+    """Standard deviations of the last value above the mean of a full window; 0 before it is full."""
+    if len(window) < WINDOW:
+        return 0.0
+    deviation = statistics.pstdev(window)
+    return (window[-1] - statistics.fmean(window)) / deviation if deviation else 0.0
+
+
+def compare_ranks(world: World, params: Mapping[str, torch.Tensor], facts: Mapping[str, object]) -> None:
+    """Hold the ranks' weights against each other, and whatever else has to be the same on all of them.
+
+    Args:
+        world: the ranks; each takes part.
+        params: weights by name; sharded ones are compared as each rank puts them together.
+        facts: by name, with a text that is the same wherever the thing is.
+
+    Raises:
+        RunStopped: on every rank, naming those that differ from the most, and the first thing in which they do.
+    """
+    weights = distributed.FullWeights(params)
+    digests = {name: _digest(weights[name]) for name in weights}
+    digests |= {name: hashlib.sha256(repr(fact).encode()).hexdigest() for name, fact in facts.items()}
+    all_digests = distributed.gather(world, list(digests.values()))
+    common, _ = collections.Counter(map(tuple, all_digests)).most_common(1)[0]
+    odd = [rank for rank, theirs in enumerate(all_digests) if tuple(theirs) != common]
+    if odd:
+        names = list(digests)
+        differing = [name for i, name in enumerate(names) if all_digests[odd[0]][i] != common[i]]
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        others = next(rank for rank in range(world.size) if rank not in odd)
+        raise RunStopped(
+            f"the ranks disagree: {_ranks(odd)} {'differs' if len(odd) == 1 else 'differ'} from rank {others} in "
+            f"{differing[0]}{more}"
+        )
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().data).hexdigest()
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+class Watchdog:
+    """Knows where every rank is, so that a rank that waits in vain can say for whom.
+
+    Each rank writes its place in the run to the store of the process group, every second, from a thread. When a
+    collective fails, or nothing has moved for most of the time-out, the places of the others tell who died (nothing
+    more is heard of it) and who hangs (it is still at an earlier place).
+
+    Args:
+        world: the ranks; with one process, nothing happens.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self._place = (0, 0, "starting")
+        self._since = time.monotonic()
+        self._ended = False
+        self._over = threading.Event()
+        self._store = world.store.clone() if world.store else None
+
+    def at(self, step: int, what: str) -> None:
+        """Say where this rank is. All ranks say the same things in the same order."""
+        self._place = (step, self._place[1] + 1 if step == self._place[0] else 0, what)
+        self._since = time.monotonic()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch over what happens inside. If a collective fails there, say why and end this process."""
+        if not self._store:
+            yield
+            return
+        self._write()
+        threading.Thread(target=self._pulse, daemon=True).start()
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_about_other_ranks(error):
+                raise
+            print(self._explain(error), file=sys.stderr, flush=True)
+            self._ended = True
+            self._write()
+            sys.stdout.flush()
+            os._exit(1)  # threads that wait for the others would keep the process
+        finally:
+            self._over.set()
+
+    def _pulse(self) -> None:
+        told = None
+        while not self._over.wait(PULSE_S):
+            try:
+                self._write()
+            except RuntimeError:  # the store is gone, and with it rank 0 or torchrun, which ends this process too
+                return
+            # NCCL ends the process without an exception: what is to be said has to be said before.
+            if time.monotonic() - self._since > 0.8 * self.world.timeout_s and told != self._since:
+                told = self._since
+                print(self._explain(None), file=sys.stderr, flush=True)
+
+    def _write(self) -> None:
+        self._store.set(f"pulse/{self.world.rank}", json.dumps([time.time(), *self._place, self._ended]))
+
+    def _explain(self, error: Exception | None) -> str:
+        """One line: where this rank is, what it waited for, who is missing."""
+        waited = time.monotonic() - self._since
+        here = f"[rank {self.world.rank}] waited {waited:.0f} s for the other ranks at {self._name(self._place)}"
+        try:
+            if error:  # a rank that died just now is still fresh in the store
+                time.sleep(SILENCE_S)
+            ranks = [rank for rank in range(self.world.size) if rank != self.world.rank]
+            known = {r: json.loads(self._store.get(f"pulse/{r}")) for r in ranks if self._store.check([f"pulse/{r}"])}
+        except RuntimeError:
+            return f"{here}: rank 0 is gone, and with it what the ranks write to"
+        gone, behind = [], []
+        for rank in ranks:
+            when, *place, ended = known.get(rank, (0.0, *(0, 0, "starting"), False))
+            if time.time() - when > SILENCE_S - PULSE_S / 2 and not ended:
+                gone.append(f"rank {rank} is gone, last heard of at {self._name(place)}")
+            elif tuple(place[:2]) < self._place[:2]:
+                behind.append(f"rank {rank} has not arrived, it is at {self._name(place)}")
+        missing = gone or behind or ["none of them is behind"]
+        reason = f" ({' '.join(str(error).split())[:160]})" if error and not (gone or behind) else ""
+        return f"{here}: {'; '.join(missing)}{reason}"
+
+    def _name(self, place: tuple[int, int, str]) -> str:
+        return f"step {place[0] + 1} ({place[2]})"
+
+
+def _is_about_other_ranks(error: RuntimeError) -> bool:
+    """Whether a collective failed, as torch's backends report it: with RuntimeError, or a subclass of their own."""
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or any(
+        sign in text for sign in ("gloo", "Connection closed", "Timed out", "NCCL", "Application timeout")
+    )
