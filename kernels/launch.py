@@ -31,9 +31,27 @@ class Row(NamedTuple):
 
 
 ANY = 1 << 62
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+# (capability from which on it holds, multiprocessors of its largest chip), newest first
+MULTIPROCESSORS = ((100, 148), (90, 132), (0, 108))
 
 # The first row that fits is taken.
-ROWS = (Row("gelu", 0, ANY, 8, 1, 1024, 4, 1),)
+ROWS = (
+    # A tile of 8192 elements in registers and the next one on its way; backward half as many, since the sums of dw and
+    # db are in registers too. At most 99 KiB of shared memory with any dtypes, which is what the smaller GPUs have.
+    *(Row("layer_norm", 0, width, 4, 8192 // width, 0, 16, 2) for width in WIDTHS),
+    Row("layer_norm", 0, 16384, 8, 1, 0, 16, 1),
+    *(Row("layer_norm_backward", 0, width, 4, 4096 // width, 0, 16, 3) for width in WIDTHS[:-1]),
+    Row("layer_norm_backward", 0, 8192, 4, 1, 0, 16, 2),
+    Row("layer_norm_backward", 0, 16384, 8, 1, 0, 16, 1),
+    Row("layer_norm_partials", 0, ANY, 8, 64, 32, 4, 1),
+    Row("embedding", 0, ANY, 8, 8, 256, 4, 1),
+    Row("gelu", 0, ANY, 8, 1, 1024, 4, 1),
+    # By its registers, two or three programs on a multiprocessor where a row is read twice, the second time from L2: at
+    # most 396 rows of GPT-2's vocabulary in 16 bits on an H100, 40 MB.
+    Row("cross_entropy", 0, ANY, 8, 1, 8192, 16, 1),
+)
 
 
 def lookup(op: str, device: torch.device, itemsize: int, width: int = 1) -> Row:
@@ -54,6 +72,15 @@ def lookup(op: str, device: torch.device, itemsize: int, width: int = 1) -> Row:
             return row
     widest = max(row.width for row in ROWS if row.op == op)
     raise ValueError(f"{op} takes at most {widest} columns, and was given {width}")
+
+
+def n_programs(device: torch.device) -> int:
+    """How many programs share the rows where each takes many of them: one a multiprocessor.
+
+    A constant of the capability and not asked of the GPU: each program makes a partial sum, and with other partial sums
+    two boards of a kind would give other bits.
+    """
+    return next(count for at_least, count in MULTIPROCESSORS if capability(device) >= at_least)
 
 
 def capability(device: torch.device) -> int:

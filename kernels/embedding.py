@@ -1,0 +1,162 @@
+"""Token embedding plus position embedding (Radford et al. 2019, GPT-2), gathered and added in one pass.
+
+    y[b, t]      = token_weight[idx[b, t]] + position_weight[t]
+    dtoken[v]    = Σ dy[b, t] over idx[b, t] = v
+    dposition[t] = Σ dy[b, t] over b,           0 beyond T
+
+idx: (B, T) integers; token_weight (V, C), position_weight (block_size, C), y (B, T, C), added in fp32. Saved for
+backward: idx. A program takes several sequences at one position, so that a row of position_weight is read once for all
+of them. With I, E and P bytes an element of idx, of token_weight and y, and of position_weight a call moves
+B·T·(I + 2·C·E) + T·C·P bytes at one FLOP an element of y.
+
+The backward pass is torch's, which is deterministic: its CUDA kernels sort the ids and add the rows of each id in that
+order (of up to 3072 ids one warp adds the rows of an id, one after another), and sum over the batch without atomics.
+At least B·T·(I + C·E) + (V + block_size)·C·E bytes move.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from kernels import launch
+from kernels.cost import Cost
+
+
+@triton.jit
+def _embedding_fwd_kernel(
+    idx_ptr,
+    token_weight_ptr,
+    position_weight_ptr,
+    y_ptr,
+    is_valid_ptr,
+    B,
+    T,
+    C,
+    V,
+    stride_ib,
+    stride_it,
+    stride_tv,
+    stride_pt,
+    COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    offs_b = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    idx = tl.load(idx_ptr + offs_b * stride_ib + t * stride_it, mask=offs_b < B, other=0).to(tl.int64)
+    in_vocab = (idx >= 0) & (idx < V)
+    tl.store(is_valid_ptr + tl.zeros_like(idx), 0, mask=~in_vocab)
+    mask = (offs_b < B)[:, None] & (cols < C)[None, :]
+    position = tl.load(position_weight_ptr + t * stride_pt + cols, mask=cols < C, other=0.0).to(COMPUTE_DTYPE)
+    token_ptrs = token_weight_ptr + (idx * stride_tv)[:, None] + cols[None, :]
+    token = tl.load(token_ptrs, mask=mask & in_vocab[:, None], other=0.0)
+    y = token.to(COMPUTE_DTYPE) + position[None, :]
+    y_offs = ((offs_b * T + t) * C)[:, None] + cols[None, :]
+    tl.store(y_ptr + y_offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _output(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor) -> torch.Tensor:
+    dtype = torch.promote_types(token_weight.dtype, position_weight.dtype)
+    return torch.empty(*idx.shape, token_weight.shape[1], dtype=dtype, device=idx.device)
+
+
+@torch.library.custom_op("tritongpt::embedding", mutates_args=())
+def _embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor) -> torch.Tensor:
+    y = _output(idx, token_weight, position_weight)
+    if y.numel() == 0:
+        return y
+    token_weight, position_weight = (w if w.stride(1) == 1 else w.contiguous() for w in (token_weight, position_weight))
+    is_valid = torch.ones((), dtype=torch.int32, device=y.device)
+    B, T, C = y.shape
+    row = launch.lookup("embedding", y.device, y.element_size(), C)
+    with torch.cuda.device_of(y):
+        _embedding_fwd_kernel[(T, triton.cdiv(B, row.block_m), triton.cdiv(C, row.block_n))](
+            idx,
+            token_weight,
+            position_weight,
+            y,
+            is_valid,
+            B,
+            T,
+            C,
+            len(token_weight),
+            *idx.stride(),
+            token_weight.stride(0),
+            position_weight.stride(0),
+            COMPUTE_DTYPE=launch.compute_dtype(y.dtype),
+            BLOCK_M=row.block_m,
+            BLOCK_N=row.block_n,
+            num_warps=row.num_warps,
+            num_stages=row.num_stages,
+        )
+    message = f"a token id is not in [0, {len(token_weight)})"
+    if launch.capability(y.device):
+        torch._assert_async(is_valid, message)  # seen at the next synchronisation, at no cost until then
+    elif not is_valid:
+        raise IndexError(message)
+    return y
+
+
+_embedding.register_fake(_output)
+
+
+def _save(ctx, inputs, output):
+    idx, token_weight, position_weight = inputs
+    ctx.save_for_backward(idx)
+    ctx.vocab_size, ctx.block_size = len(token_weight), len(position_weight)
+    ctx.dtypes = token_weight.dtype, position_weight.dtype
+
+
+def _differentiate(ctx, dy):
+    (idx,) = ctx.saved_tensors
+    token_dtype, position_dtype = ctx.dtypes
+    dtoken = dposition = None
+    if ctx.needs_input_grad[1]:
+        dtoken = torch.ops.aten.embedding_dense_backward(dy.to(token_dtype), idx, ctx.vocab_size, -1, False)
+    if ctx.needs_input_grad[2]:
+        dposition = dy.sum(0, dtype=position_dtype)
+        if idx.shape[1] < ctx.block_size:
+            dposition = F.pad(dposition, (0, 0, 0, ctx.block_size - idx.shape[1]))
+    return None, dtoken, dposition
+
+
+_embedding.register_autograd(_differentiate, setup_context=_save)
+
+
+def embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor) -> torch.Tensor:
+    """Token embedding plus position embedding.
+
+    Args:
+        idx: (B, T) int64 or int32 token ids, of any strides.
+        token_weight: (V, C); fp32, fp16 or bf16 (fp64 for gradcheck).
+        position_weight: (block_size, C), block_size >= T; of whichever of these dtypes.
+
+    Returns:
+        (B, T, C) in the weights' dtype, contiguous: token_weight[idx] + position_weight[:T]. Autocast leaves it alone.
+
+    Raises:
+        ValueError: T is larger than block_size, or the weights differ in width.
+        IndexError: an id is outside of [0, V), on a CPU. On a GPU that fails an assertion on the device, which shows at
+            the next synchronisation.
+    """
+    if idx.shape[1] > len(position_weight):
+        raise ValueError(f"a sequence of {idx.shape[1]} tokens is longer than block_size {len(position_weight)}")
+    if token_weight.shape[1] != position_weight.shape[1]:
+        raise ValueError(
+            f"token_weight is {token_weight.shape[1]} wide, and position_weight {position_weight.shape[1]}"
+        )
+    return _embedding(idx, token_weight, position_weight)
+
+
+def forward_cost(B: int, T: int, C: int, itemsize: int, idx_itemsize: int = 8) -> Cost:
+    """A row of token_weight is read and one of y written for each id, and T rows of position_weight read."""
+    return Cost(B * T * (idx_itemsize + 2 * C * itemsize) + T * C * itemsize, B * T * C)
+
+
+def backward_cost(
+    B: int, T: int, C: int, vocab_size: int, block_size: int, itemsize: int, idx_itemsize: int = 8
+) -> Cost:
+    """dy and idx are read, and the gradients of both weights written."""
+    return Cost(B * T * (idx_itemsize + C * itemsize) + (vocab_size + block_size) * C * itemsize, 2 * B * T * C)

@@ -1,0 +1,383 @@
+"""LayerNorm, alone and behind the addition: widths that are no power of two, a mean that is not 0, rows that are shared
+by programs, gradients of any strides or none, and in the end the same bits."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton.runtime.interpreter
+
+from kernels import accuracy, eager, launch
+from kernels import layer_norm as kernel_file
+from kernels.layer_norm import add_layer_norm, layer_norm
+from tests.conftest import ROOT
+from tests.kernels.conftest import DEVICE, DTYPES, assert_no_worse, dtypes, normal
+
+WIDTHS = (1, 64, 768, 1023, 1024, 1280, 1600, 5000)
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def inputs_of(n_rows: int, width: int, dtype: torch.dtype = FP32, mean: float = 5.0, **other_dtypes: torch.dtype):
+    """residual, branch, weight, bias, of one dtype or of others by name."""
+    return {
+        "residual": normal(n_rows, width, mean=mean, dtype=other_dtypes.get("residual", dtype)),
+        "branch": normal(n_rows, width, dtype=other_dtypes.get("branch", dtype), seed=1),
+        "weight": normal(width, mean=1.0, dtype=other_dtypes.get("weight", dtype), seed=2),
+        "bias": normal(width, dtype=other_dtypes.get("bias", dtype), seed=3),
+    }
+
+
+def gradients_of(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Of the sum, and of its LayerNorm."""
+    shape = inputs["residual"].shape
+    return [normal(*shape, seed=4), normal(*shape, seed=5)]
+
+
+def without_branch(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"x" if name == "residual" else name: tensor for name, tensor in inputs.items() if name != "branch"}
+
+
+def oracle(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Eager LayerNorm, also where torch has none for the mixture of dtypes."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), bias.dtype)
+    return eager.layer_norm(x.to(wide), weight.to(wide), bias.to(wide)).to(x.dtype)
+
+
+def add_oracle(residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
+    residual = residual + branch
+    return residual, oracle(residual, weight, bias)
+
+
+def assert_both_no_worse(inputs, gradients=None):
+    """Both ops, forward and every gradient."""
+    gradients = gradients or gradients_of(inputs)
+    n_rows = inputs["residual"].numel() // inputs["residual"].shape[-1]
+    summed = {"dweight": n_rows, "dbias": n_rows}
+    alone = without_branch(inputs)
+    assert_no_worse(accuracy.compare_op(layer_norm, oracle, alone, gradients[1:], summed))
+    assert_no_worse(accuracy.compare_op(add_layer_norm, add_oracle, inputs, gradients, summed))
+
+
+@dtypes
+@pytest.mark.parametrize("width", WIDTHS)
+def test_numbers(width, dtype):
+    assert_both_no_worse(inputs_of(2 if width == 5000 else 5, width, dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rows_of_equal_numbers(width, dtype):
+    # rstd is 1/√eps there: whatever rounding leaves in the mean comes out 316 times as large.
+    inputs = inputs_of(2, width, dtype)
+    for name in ("residual", "branch"):
+        inputs[name] = (3.0 * inputs[name][:, :1]).expand(-1, width)
+    assert_both_no_worse(inputs)
+
+
+@pytest.mark.parametrize("n_programs", [1, 3])
+@pytest.mark.parametrize(("n_rows", "width"), [(37, 768), (300, 64), (7, 5000)])
+def test_programs_share_the_rows(n_rows, width, n_programs, monkeypatch):
+    monkeypatch.setattr(launch, "n_programs", lambda device: n_programs)
+    assert_both_no_worse(inputs_of(n_rows, width))
+
+
+def test_the_widest_row():
+    inputs = without_branch(inputs_of(1, 16384))
+    assert_no_worse(accuracy.compare_op(layer_norm, eager.layer_norm, inputs, [normal(1, 16384, seed=4)]))
+
+
+def test_more_partial_sums_than_a_block(monkeypatch):
+    few = launch.Row("layer_norm_partials", 0, launch.ANY, 8, 4, 32, 4, 1)
+    monkeypatch.setattr(launch, "ROWS", (few, *launch.ROWS))
+    monkeypatch.setattr(launch, "n_programs", lambda device: 9)
+    assert_both_no_worse(inputs_of(9 * 64, 33))
+
+
+MIXED = {
+    "a stream in fp32": {"branch": BF16},
+    "a branch in fp32": {"residual": BF16},
+    "weights in fp32": {"residual": BF16, "branch": BF16},
+    "weights in bf16": {"weight": BF16, "bias": BF16},
+    "bias in bf16": {"bias": BF16},
+    "fp16 and bf16": {"residual": torch.float16, "branch": BF16},
+}
+
+
+@pytest.mark.parametrize("mixed", MIXED.values(), ids=MIXED)
+def test_mixed_dtypes(mixed):
+    inputs = inputs_of(5, 200, **mixed)
+    assert_both_no_worse(inputs)
+    stream = torch.promote_types(inputs["residual"].dtype, inputs["branch"].dtype)
+    assert [out.dtype for out in add_layer_norm(*inputs.values())] == [stream, stream]
+    assert layer_norm(*without_branch(inputs).values()).dtype == inputs["residual"].dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_under_autocast(dtype):
+    inputs = inputs_of(5, 200, branch=dtype)
+
+    def ours(*inputs):
+        with torch.autocast(DEVICE, dtype):
+            return add_layer_norm(*inputs)
+
+    def rounded(*inputs):
+        residual, normed = add_oracle(*inputs)
+        return residual, normed.to(dtype) if normed.dtype == FP32 else normed
+
+    residual, normed = ours(*inputs.values())
+    assert residual.dtype == FP32 and normed.dtype == dtype
+    assert_no_worse(accuracy.compare_op(ours, rounded, inputs, gradients_of(inputs), {"dweight": 5, "dbias": 5}))
+    with torch.autocast(DEVICE, dtype):
+        assert layer_norm(residual, inputs["weight"], inputs["bias"]).dtype == dtype
+        assert layer_norm(residual.double(), inputs["weight"].double(), inputs["bias"]).dtype == torch.float64
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("residual", "branch"), [*((d, d) for d in DTYPES.values()), (FP32, BF16)], ids=str)
+@pytest.mark.parametrize("width", [64, 768, 1023])
+def test_layer_norm_of_the_sum_has_the_same_bits(width, residual, branch, autocast):
+    if (residual, branch, autocast) == (FP32, BF16, False) and DEVICE == "cuda":
+        pytest.skip("no network makes this pair, and the compiler lays its rows out in two ways")
+    inputs = inputs_of(11, width, residual=residual, branch=branch)
+    with torch.autocast(DEVICE, BF16, enabled=autocast):
+        total, normed = add_layer_norm(*inputs.values())
+        assert torch.equal(total, inputs["residual"] + inputs["branch"])
+        assert torch.equal(layer_norm(total, inputs["weight"], inputs["bias"]), normed)
+
+
+LAYOUTS = """
+import re, torch, triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels import launch
+from kernels.layer_norm import _layer_norm_fwd_kernel as kernel
+
+row = launch.lookup("layer_norm", torch.device("cpu"), 4, 768)
+constants = dict(
+    N_COLS=768, ALIGN=16, COMPUTE_DTYPE=tl.float32, BLOCK_M=row.block_m, BLOCK_N=1024, NUM_STAGES=row.num_stages
+)
+pointers = {"x": "fp32", "branch": "bf16", "weight": "fp32", "bias": "fp32", "residual": "fp32", "y": "bf16"}
+for has_branch in (True, False):
+    signature = {f"{name}_ptr": f"*{dtype}" for name, dtype in pointers.items()}
+    signature |= {name: "*fp32" for name in ("mean_ptr", "rstd_ptr")}
+    signature |= {name: "i32" for name in ("n_rows", "stride_x", "stride_branch")}
+    absent = () if has_branch else ("branch_ptr", "residual_ptr", "stride_branch")
+    values = constants | {"HAS_BRANCH": has_branch} | dict.fromkeys(absent)
+    signature = {name: "constexpr" if name in values else signature[name] for name in kernel.arg_names}
+    by_16 = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name not in values}
+    source = ASTSource(kernel, signature, values, by_16)
+    for capability in (80, 90, 100):
+        compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": row.num_warps})
+        ir = compiled.asm["ttgir"]
+        layouts = dict(re.findall(r"(#\\w+) = (#ttg\\.\\w+<.*>)", ir))
+        sums = re.findall(r'"tt.reduce".*?\\}\\) : \\(tensor<.*?(#\\w+)>', ir, re.S)
+        print(has_branch, *(layouts[name] for name in sums))
+"""
+
+
+def test_both_forwards_sum_a_row_in_the_same_order_on_a_gpu():
+    # The interpreter cannot show it: there a row is summed by NumPy, whatever the compiler makes of it.
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", LAYOUTS]
+    done = subprocess.run(command, cwd=ROOT, env=compiling, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    with_branch, alone = (
+        [line.split(maxsplit=1)[1] for line in lines if line.startswith(b)] for b in ("True", "False")
+    )
+    assert len(alone) == 3 and all("blocked" in line for line in alone) and alone == with_branch
+
+
+VIEWS = {
+    "a transposed batch": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "columns apart": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "rows of a wider matrix": lambda x: torch.cat([x, x + 1, x], -1)[..., x.shape[-1] : 2 * x.shape[-1]],
+    "at an odd offset": lambda x: torch.cat([x, x], -1).flatten()[3 : 3 + x.numel()].view_as(x),
+    "every other row": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "one row": lambda x: x[:, :1].expand_as(x),
+    "one number": lambda x: x[:1, :1, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_any_strides(view):
+    inputs = {"residual": normal(2, 5, 48, mean=5.0), "branch": normal(2, 5, 48, seed=1)}
+    inputs |= {"weight": normal(48, mean=1.0, seed=2), "bias": normal(48, seed=3)}
+    strided = {name: view(inputs[name]) for name in ("residual", "branch")}
+    assert_both_no_worse(inputs | strided)
+    assert_both_no_worse(inputs, [view(gradient) for gradient in gradients_of(inputs)])
+
+
+def test_strided_weights():
+    inputs = inputs_of(5, 48)
+    weights = torch.stack([inputs["weight"], inputs["bias"]], 1)
+    assert_both_no_worse(inputs | {"weight": weights[:, 0], "bias": weights[:, 1]})
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)], ids=["the sum", "its LayerNorm", "both"])
+@pytest.mark.parametrize("branch", [FP32, BF16])
+def test_gradients_of_a_sum_over_what_is_used(used, branch):
+    def gradients(op):
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs_of(5, 48, branch=branch).items()}
+        outputs = op(*leaves.values())
+        sum(outputs[i].sum() * (i + 1) for i in used).backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    ours, oracles = gradients(add_layer_norm), gradients(eager.add_layer_norm)
+    for name, want in oracles.items():
+        if want is None:
+            assert ours[name] is None
+        else:
+            torch.testing.assert_close(ours[name], want, rtol=1e-5 if want.dtype == FP32 else 1e-2, atol=1e-5)
+
+
+def test_the_gradients_of_residual_and_branch_are_two():
+    leaves = [x.requires_grad_() for x in inputs_of(5, 48).values()]
+    torch.autograd.backward(add_layer_norm(*leaves), gradients_of(inputs_of(5, 48)))
+    residual, branch = leaves[:2]
+    assert torch.equal(residual.grad, branch.grad)
+    residual.grad.zero_()
+    assert branch.grad.abs().min() > 0
+
+
+def test_a_branch_of_another_dtype_gets_the_same_gradient_rounded_once():
+    inputs = inputs_of(5, 48, branch=BF16)
+    results = accuracy.outputs_and_gradients(add_layer_norm, inputs, gradients_of(inputs))
+    assert torch.equal(results["dbranch"], results["dresidual"].bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (1, 1, 48)])
+def test_one_row(shape):
+    inputs = inputs_of(1, 48)
+    assert_both_no_worse(inputs | {name: inputs[name].view(shape) for name in ("residual", "branch")})
+
+
+def test_no_rows():
+    inputs = inputs_of(5, 48)
+    empty = inputs | {name: inputs[name][:0] for name in ("residual", "branch")}
+    for op, given, n_outputs in ((layer_norm, without_branch(empty), 1), (add_layer_norm, empty, 2)):
+        results = accuracy.outputs_and_gradients(op, given, [torch.empty(0, 48, device=DEVICE)] * n_outputs)
+        assert results["out0"].shape == (0, 48)
+        assert not results["dweight"].any() and not results["dbias"].any()
+
+
+@pytest.mark.parametrize("n_programs", [1, 2])
+def test_gradcheck(n_programs, monkeypatch):
+    monkeypatch.setattr(launch, "n_programs", lambda device: n_programs)
+    inputs = {name: x.requires_grad_() for name, x in inputs_of(3, 6, torch.float64, mean=1.0).items()}
+    assert torch.autograd.gradcheck(layer_norm, tuple(without_branch(inputs).values()))
+    assert torch.autograd.gradcheck(add_layer_norm, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize(("residual", "branch"), [(FP32, FP32), (FP32, BF16), (BF16, BF16)], ids=str)
+def test_opcheck(residual, branch):
+    ops = torch.ops.tritongpt
+    inputs = inputs_of(3, 7, residual=residual, branch=branch, weight=FP32)
+    x, other, weight, bias = (tensor.requires_grad_() for tensor in inputs.values())
+    torch.library.opcheck(ops.layer_norm, (x, weight, bias, BF16))
+    torch.library.opcheck(ops.add_layer_norm, (x, other, weight, bias, BF16))
+    dy, dresidual = normal(3, 7, dtype=BF16), normal(3, 7, seed=1)
+    saved = normal(3, 7, seed=2), normal(3), normal(3, seed=1), normal(7)
+    for gradient in (dresidual, None):
+        torch.library.opcheck(ops.layer_norm_backward, (dy, gradient, *saved, residual, branch, BF16))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled(autocast):
+    def two(residual, branch, weight, bias):
+        residual, normed = add_layer_norm(residual, branch, weight, bias)
+        return residual, normed, layer_norm(residual, weight, bias)
+
+    inputs = inputs_of(5, 48)
+    gradients = [*gradients_of(inputs), normal(5, 48, seed=6)]
+    with torch.autocast(DEVICE, BF16, enabled=autocast):
+        want = accuracy.outputs_and_gradients(two, inputs, gradients)
+        compiled = torch.compile(two, fullgraph=True, backend="aot_eager")
+        got = accuracy.outputs_and_gradients(compiled, inputs, gradients)
+    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_run_to_run_and_a_second_backward():
+    inputs = inputs_of(99, 300)
+    first, second = (accuracy.outputs_and_gradients(add_layer_norm, inputs, gradients_of(inputs)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    outputs = add_layer_norm(*leaves)
+    once, again = (
+        torch.autograd.grad(outputs, leaves, gradients_of(inputs), retain_graph=keep) for keep in (True, False)
+    )
+    assert all(map(torch.equal, once, again))
+
+
+def test_saved_for_backward():
+    saved = []
+    inputs = inputs_of(5, 48, branch=BF16)
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
+        residual, _ = add_layer_norm(*(x.requires_grad_() for x in inputs.values()))
+    assert [(tuple(x.shape), x.dtype) for x in saved] == [((5, 48), FP32), ((5,), FP32), ((5,), FP32), ((48,), FP32)]
+    assert saved[0].data_ptr() == residual.data_ptr()
+
+
+def test_rows_that_are_far_apart(monkeypatch):
+    if DEVICE == "cpu":  # where an overflow would read whatever is there; this reports it
+        options = triton.runtime.interpreter.InterpreterOptions(debug=True)
+        monkeypatch.setattr(triton.runtime.interpreter.interpreter_builder, "options", options)
+
+    def far_apart(near):
+        far = torch.empty_strided(near.shape, (2**30, 1), dtype=near.dtype, device=DEVICE)  # nothing else is touched
+        return far.copy_(near)
+
+    inputs = inputs_of(3, 64, BF16)
+    assert_both_no_worse(inputs | {name: far_apart(inputs[name]) for name in ("residual", "branch")})
+    assert_both_no_worse(inputs, [far_apart(gradient.to(BF16)) for gradient in gradients_of(inputs)])
+
+
+def test_what_is_refused():
+    x, weight = normal(2, 8), normal(8)
+    with pytest.raises(ValueError, match="at most 16384 columns"):
+        layer_norm(normal(1, 16385), normal(16385), normal(16385))
+    for refused in ((x, weight[:4], weight), (x, weight, weight[:4]), (x, weight, x)):
+        with pytest.raises(ValueError, match="as wide as a row"):
+            layer_norm(*refused)
+    with pytest.raises(ValueError, match="differ in shape"):
+        add_layer_norm(x, x[:1], weight, weight)
+
+
+def test_cost_is_what_goes_in_and_comes_out():
+    inputs = inputs_of(5, 48, branch=BF16, weight=FP32)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    with torch.autocast(DEVICE, BF16):
+        outputs = add_layer_norm(*leaves.values())
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), [out.detach() for out in outputs])
+    n_bytes = sum(tensor.nbytes for tensor in (*inputs.values(), *outputs)) + 2 * 5 * 4  # mean and rstd
+    assert kernel_file.forward_cost(5, 48, 4, 2, 4, 2).bytes == n_bytes
+    residual, normed = outputs
+    read = residual.nbytes + normed.nbytes + residual.nbytes + inputs["weight"].nbytes + 2 * 5 * 4
+    assert kernel_file.backward_cost(5, 48, 4, 2, 4, 2).bytes == read + sum(tensor.nbytes for tensor in gradients)
+
+    x, weight, bias = inputs["residual"], inputs["weight"], inputs["bias"]
+    assert kernel_file.forward_cost(5, 48, 4, 4, 4).bytes == 2 * x.nbytes + weight.nbytes + bias.nbytes + 2 * 5 * 4
+    assert kernel_file.backward_cost(5, 48, 4, 4, 4).bytes == 3 * x.nbytes + 3 * weight.nbytes + 2 * 5 * 4
+    assert kernel_file.backward_cost(5, 48, 4, 4, 4, 4).bytes == 4 * x.nbytes + 3 * weight.nbytes + 2 * 5 * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [768, 1600])
+def test_full_size(width):
+    inputs = inputs_of(16384, width, branch=BF16)
+
+    def ours(*inputs):
+        with torch.autocast("cuda", BF16):
+            return add_layer_norm(*inputs)
+
+    def rounded(*inputs):
+        residual, normed = add_oracle(*inputs)
+        return residual, normed.to(BF16) if normed.dtype == FP32 else normed
+
+    summed = {"dweight": 16384, "dbias": 16384}
+    assert_no_worse(accuracy.compare_op(ours, rounded, inputs, gradients_of(inputs), summed))
+    first, second = (accuracy.outputs_and_gradients(ours, inputs, gradients_of(inputs)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
