@@ -83,7 +83,7 @@ def text_documents(paths: list[str], field: str) -> Iterator[str]:
                 yield _decode(_read(file), file)
 
 
-def tinyshakespeare_documents() -> list[str]:
+def tinyshakespeare_documents() -> Iterator[str]:
     """The speeches of tiny Shakespeare, fetched from the network, cut at blank lines as llm.c does it.
 
     Raises:
@@ -98,7 +98,8 @@ def tinyshakespeare_documents() -> list[str]:
             "by other means and give it to: python -m data.prepare text FILE"
         ) from error
     speeches = text.split("\n\n")
-    return [speech + "\n\n" for speech in speeches[:-1]] + speeches[-1:]
+    yield from (speech + "\n\n" for speech in speeches[:-1])
+    yield speeches[-1]
 
 
 def fineweb_documents(sample: str) -> Iterator[str]:
@@ -341,7 +342,6 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_bad_input("data.prepare"):
         args = parser.parse_args(argv)
         output_dir = args.output_dir or SHARDS / args.corpus
-        refuse_if_occupied(output_dir)
         if args.corpus == "pydoc":
             documents, val_tokens = pydoc_documents(), PYDOC_VAL_TOKENS
         elif args.corpus == "text":
