@@ -1,0 +1,51 @@
+"""Causal attention over sequence lengths: 65,536 tokens of width 768, in heads of 64 and of 128."""
+
+import torch
+
+from bench import peers
+from bench.harness import Benchmark, Shape, normal
+from kernels import attention, eager
+
+TOKENS, WIDTH = 65536, 768
+LENGTHS = (1024, 4096, 16384, 512, 2048, 8192)
+
+
+def _inputs(B: int, T: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
+    return {"qkv": normal(B, T, 3 * H * D, dtype=dtype, device=device), "n_head": H}
+
+
+def _costs(B: int, T: int, H: int, D: int, itemsize: int) -> tuple:
+    return attention.forward_cost(B, H, T, D, itemsize), attention.backward_cost(B, H, T, D, itemsize)
+
+
+BENCHMARKS = (
+    Benchmark(
+        op="attention",
+        shapes=tuple(
+            Shape(
+                f"{TOKENS // T}×{T}×{WIDTH // D}×{D}",
+                {"B": TOKENS // T, "T": T, "H": WIDTH // D, "D": D},
+                {"B": 1, "T": min(T, 2048), "H": 2, "D": D},
+            )
+            for T in LENGTHS
+            for D in (64, 128)
+        ),
+        inputs=_inputs,
+        oracle=eager.attention,
+        kernel=attention.causal_attention,
+        peers=lambda: {
+            "eager": eager.attention,
+            **peers.compiled(eager.sdpa_attention),
+            **peers.sdpa(),
+            **peers.installed(
+                {
+                    "flash-attn": peers.flash_attention,
+                    "flash-attn deterministic": lambda: peers.flash_attention(deterministic=True),
+                }
+            ),
+        },
+        costs=_costs,
+        ceiling="matmul",
+    ),
+)
+LAUNCH_FLOPS = {}

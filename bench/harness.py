@@ -1,0 +1,342 @@
+"""Timing on a GPU: the check, then the time, all peers in turns.
+
+Events on the stream bracket each call. Before each the device is held busy, so that Python runs ahead and what is timed
+is the GPU alone; inputs rotate through copies that together exceed the L2 cache, so that none is warm. A round times
+every peer once, in turn, so that a drift of the clock meets all of them. The device is a parameter, and with it the
+clock: the tests' one counts.
+"""
+
+import gc
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from bench.results import OURS, Row, commit
+from kernels import accuracy
+from kernels.cost import Cost
+
+ROUNDS = (10, 100)
+"""least and most rounds of a measurement"""
+SECONDS_A_CASE = 1.5
+"""that the rounds of one direction take together, roughly"""
+WARM_UP = 3
+
+
+class Device(Protocol):
+    """What the harness needs of a GPU."""
+
+    torch_device: torch.device
+    gpu: str
+    driver: str
+    l2_bytes: int
+
+    def hold(self) -> None:
+        """Keep the device busy for about a millisecond."""
+
+    def mark(self) -> Any:
+        """Record the moment at which the device gets here."""
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """Between two marks; waits for the second."""
+
+    def allocated(self) -> int:
+        """Bytes of all tensors."""
+
+    def peak_bytes(self) -> int:
+        """Most of them since the last call."""
+
+    def capture(self, call: Callable[[], object]) -> Callable[[], object]:
+        """Record what a call launches, as a CUDA graph, and return what launches it again."""
+
+
+class CudaDevice:
+    """The current CUDA device."""
+
+    def __init__(self):
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        self.gpu, self.l2_bytes = properties.name, properties.L2_cache_size
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        self.driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+
+    def hold(self) -> None:
+        torch.cuda._sleep(2_000_000)  # cycles
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    def peak_bytes(self) -> int:
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+    def capture(self, call: Callable[[], object]) -> Callable[[], object]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # as torch.cuda.graphs asks for, before anything is captured
+            for _ in range(WARM_UP):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+
+class Shape(NamedTuple):
+    """A size at which an op is timed."""
+
+    name: str
+    """in rows and pictures: 65536×768"""
+    sizes: dict[str, int]
+    """what `Benchmark.inputs` takes"""
+    small: dict[str, int]
+    """sizes for the check: the same columns, T and head_dim, fewer rows"""
+
+
+class Benchmark(NamedTuple):
+    """One op: only what differs between ops."""
+
+    op: str
+    shapes: tuple[Shape, ...]
+    inputs: Callable[..., dict[str, torch.Tensor | int]]
+    """(dtype, device, **sizes) -> the arguments of the op by name"""
+    oracle: Callable
+    kernel: Callable
+    """ours"""
+    peers: Callable[[], Mapping[str, Callable]]
+    """the others by name, with the op's arguments"""
+    costs: Callable[..., tuple[Cost, Cost]]
+    """(itemsize, **sizes) -> forward, backward"""
+    n_summed: Callable[..., dict[str, int]] = lambda **sizes: {}
+    """(**sizes) -> rows summed into each element of a gradient, as kernels.accuracy.compare_op takes it"""
+    ceiling: str = "copy"
+    """what the percentages are of: a copy of the same bytes, a matmul of the same dtype, or the name of `bare`"""
+    bare: Callable | None = None
+    """with the op's arguments: less than the op, and of its work what nobody can do without"""
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0, std: float = 1.0) -> torch.Tensor:
+    """Gaussian numbers that depend on the arguments alone."""
+    generator = torch.Generator(device).manual_seed(1000 * seed + sum(shape))
+    return (torch.randn(shape, generator=generator, device=device) * std).to(dtype)
+
+
+def measure(
+    benchmark: Benchmark, shape: Shape, dtype: torch.dtype, device: Device, seconds: float = SECONDS_A_CASE
+) -> list[Row]:
+    """Check and time every peer of an op at one shape, forward, backward and both.
+
+    Returns:
+        A row for each direction and peer, the ceiling among them; a peer that is wrong, or that fails, has no times and
+        a note that says why.
+    """
+    torch.compiler.reset()  # a function that was compiled for many shapes would silently fall back to eager
+    peers, notes = {OURS: benchmark.kernel, **benchmark.peers()}, {}
+    for name, peer in peers.items():
+        if note := _why_not(benchmark, peer, shape, dtype, device):
+            notes[name] = note
+    forward, backward = benchmark.costs(itemsize=dtype.itemsize, **shape.sizes)
+    costs = {"forward": forward, "backward": backward, "both": forward + backward}
+    copies = Copies(benchmark, shape, dtype, device)
+    rows = []
+    for direction, cost in costs.items():
+        if benchmark.bare:
+            ceiling, most = copies.caller(benchmark.bare, direction), cost
+        else:
+            ceiling, most = _ceiling(benchmark.ceiling, cost, dtype, device)
+        calls = {name: copies.caller(peer, direction) for name, peer in peers.items() if name not in notes}
+        times, failures = time_in_turns(device, {benchmark.ceiling: ceiling} | calls, seconds)
+        for name in [benchmark.ceiling, *peers]:
+            work = most if name == benchmark.ceiling else cost
+            row = Row(benchmark.op, direction, name, shape.name, str(dtype).partition(".")[2], **work._asdict())
+            if name in times:
+                row = row.with_(**{f"p{percent}": percentile(times[name], percent) for percent in (20, 50, 80)})
+            if name in times and benchmark.ceiling in times:
+                share = work.flops / most.flops if benchmark.ceiling == "matmul" else work.bytes / most.bytes
+                row = row.with_(percent=100 * share * percentile(times[benchmark.ceiling], 50) / row.p50)
+            rows.append(row.with_(note=notes.get(name) or failures.get(name, ""), **provenance(device)))
+    return rows
+
+
+def _why_not(benchmark: Benchmark, peer: Callable, shape: Shape, dtype: torch.dtype, device: Device) -> str:
+    """Why a peer is not timed, in a few words; an empty string where it is right."""
+    inputs = benchmark.inputs(dtype=dtype, device=device.torch_device, **shape.small)
+    with torch.no_grad():
+        out = benchmark.oracle(*inputs.values())
+    outs = [out] if isinstance(out, torch.Tensor) else list(out)
+    gradients = [normal(*o.shape, dtype=dtype, device=device.torch_device, seed=9 + i) for i, o in enumerate(outs)]
+    try:
+        n_summed = benchmark.n_summed(**shape.small)
+        comparisons = accuracy.compare_op(peer, benchmark.oracle, inputs, gradients, n_summed)
+    except Exception as error:
+        return in_a_line("failed", error)
+    off = [f"{c.name} {c.error:.1e} > {c.tolerance:.1e}" for c in comparisons if not c.ok]
+    return f"wrong: {', '.join(off)}" if off else ""
+
+
+def _is_float(value: torch.Tensor | int) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def in_a_line(what: str, error: Exception) -> str:
+    """What was raised, for a row's note."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+class Copies:
+    """Inputs and incoming gradients of an op, in as many copies as exceed the L2 cache together."""
+
+    def __init__(self, benchmark: Benchmark, shape: Shape, dtype: torch.dtype, device: Device):
+        self.device = device
+
+        def make() -> list:
+            inputs = benchmark.inputs(dtype=dtype, device=device.torch_device, **shape.sizes).values()
+            return [v.requires_grad_() if _is_float(v) else v for v in inputs]
+
+        first = make()
+        n_bytes = sum(v.numel() * v.element_size() for v in first if isinstance(v, torch.Tensor))
+        self.inputs = [first, *(make() for _ in range(min(-(-2 * device.l2_bytes // n_bytes), 64)))]
+        self.gradients: list[torch.Tensor] = []
+
+    def caller(self, peer: Callable, direction: str) -> Callable[[int], tuple[Any, Any]]:
+        """A function that runs a peer on the copy of round i and returns the marks around what is timed."""
+
+        def call(i: int) -> tuple[Any, Any]:
+            inputs = self.inputs[i % len(self.inputs)]
+            leaves = [v for v in inputs if _is_float(v)]
+            self.device.hold()
+            start = self.device.mark()
+            out = peer(*inputs)
+            if direction != "forward":
+                outs = [out] if isinstance(out, torch.Tensor) else list(out)
+                gradients = self._gradients(outs)
+                if direction == "backward":
+                    start = self.device.mark()
+                torch.autograd.grad(outs, leaves, gradients)
+            return start, self.device.mark()
+
+        return call
+
+    def _gradients(self, outs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Made once, in the warm-up."""
+        if [(g.shape, g.dtype) for g in self.gradients] != [(o.shape, o.dtype) for o in outs]:
+            self.gradients = [torch.ones_like(o, memory_format=torch.contiguous_format) for o in outs]
+        return self.gradients
+
+
+def _ceiling(kind: str, cost: Cost, dtype: torch.dtype, device: Device) -> tuple[Callable, Cost]:
+    """What a peer can hope for at most, as a call like its own, and the work that it does."""
+    make = {"dtype": dtype, "device": device.torch_device}
+    if kind == "copy":
+        n_elements = max(cost.bytes // 2 // dtype.itemsize, 1)
+        buffers = [
+            torch.ones(n_elements, **make) for _ in range(2 + min(2 * device.l2_bytes // max(cost.bytes, 1), 64))
+        ]
+
+        def run(i: int) -> None:
+            buffers[i % len(buffers)].copy_(buffers[(i + 1) % len(buffers)])
+
+        work = Cost(2 * n_elements * dtype.itemsize, 0)
+    else:
+        size = 8192 if device.torch_device.type == "cuda" else 16
+        a, b = (normal(size, size, seed=seed, **make) for seed in (1, 2))
+        product = torch.empty_like(a)
+
+        def run(i: int) -> None:
+            torch.mm(a, b, out=product)
+
+        work = Cost(3 * size * size * dtype.itemsize, 2 * size**3)
+
+    def call(i: int) -> tuple[Any, Any]:
+        device.hold()
+        start = device.mark()
+        run(i)
+        return start, device.mark()
+
+    return call, work
+
+
+def time_in_turns(
+    device: Device, calls: Mapping[str, Callable[[int], tuple[Any, Any]]], seconds: float
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Time calls round by round.
+
+    Args:
+        device: whose clock it is.
+        calls: by name; each takes the number of the round and returns the marks around what is timed.
+        seconds: that all rounds take together, roughly, within the bounds of ROUNDS.
+
+    Returns:
+        Milliseconds of every round by name; and what was raised, by the name of the call that raised it.
+    """
+    failures: dict[str, str] = {}
+
+    def time_once(name: str, i: int) -> list[float]:
+        """One time, or none from then on when the call has failed."""
+        if name in failures:
+            return []
+        try:
+            return [device.milliseconds(*calls[name](i))]
+        except Exception as error:
+            failures[name] = in_a_line("failed", error)
+            gc.collect()  # an error holds the tensors of its frames
+            return []
+
+    warm = {name: [t for i in range(WARM_UP) for t in time_once(name, i)] for name in calls}
+    round_ms = sum(1.0 + times[-1] for times in warm.values() if times)
+    n_rounds = min(max(int(1e3 * seconds / max(round_ms, 1e-3)), ROUNDS[0]), ROUNDS[1])
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(n_rounds):
+        for name in calls:
+            times[name] += time_once(name, i)
+    return {name: measured for name, measured in times.items() if name not in failures}, failures
+
+
+def percentile(values: Iterable[float], percent: float) -> float:
+    """Linear between the two nearest of the sorted values."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def provenance(device: Device) -> dict[str, str]:
+    """Where a row comes from."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = ""
+    return {
+        "gpu": device.gpu,
+        "driver": device.driver,
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": commit(),
+    }
+
+
+def cases(benchmarks: Iterable[Benchmark]) -> Iterator[tuple[Benchmark, Shape, torch.dtype]]:
+    """What there is to time, bf16 first and the largest shapes of every op before the others."""
+    benchmarks = list(benchmarks)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for position in range(max(len(b.shapes) for b in benchmarks)):
+            for benchmark in benchmarks:
+                if dtype in benchmark.dtypes and position < len(benchmark.shapes):
+                    yield benchmark, benchmark.shapes[position], dtype

@@ -1,0 +1,164 @@
+"""Rows of measurements: CSV files in bench/results/<gpu>/, what moved between two of them, the table of README."""
+
+import csv
+import dataclasses
+import functools
+import io
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.tables import table
+from common import BadInput, atomic_write
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+OURS = "triton"
+PREDICTED = RESULTS / "predicted"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One peer at one shape. Times in milliseconds."""
+
+    op: str
+    direction: str
+    """forward, backward, or both; step"""
+    peer: str
+    shape: str
+    dtype: str
+    p20: float | None = None
+    p50: float | None = None
+    p80: float | None = None
+    bytes: int = 0
+    """compulsory bytes of the op's own formula"""
+    flops: int = 0
+    percent: float | None = None
+    """of the ceiling: a copy of the same bytes, or matrix products, timed in the same run"""
+    gpu: str = ""
+    driver: str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    """with a + where the tree had changes that were not committed"""
+    note: str = ""
+    """why there is no time: wrong, out of memory, refused"""
+
+    def with_(self, **changes) -> "Row":
+        """The same with other values."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What a second measurement of the same thing has too."""
+        return self.op, self.direction, self.peer, self.shape, self.dtype
+
+
+def folder(gpu: str, results: Path = RESULTS) -> Path:
+    """Where the rows of a GPU live: "NVIDIA H100 80GB HBM3" -> nvidia-h100-80gb-hbm3."""
+    return results / "-".join(gpu.lower().split())
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows to a CSV file; rows that it has of the same op, direction, peer, shape and dtype are replaced."""
+    kept = {row.key: row for row in (read(path) if path.exists() else [])} | {row.key: row for row in rows}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    for row in kept.values():
+        writer.writerow({k: "" if v is None else v for k, v in dataclasses.asdict(row).items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV file, or of all CSV files in a folder.
+
+    Raises:
+        BadInput: there is none, or it is none of ours.
+    """
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise BadInput(f"no rows in {path}; name a CSV file, or a folder of them such as one of bench/results")
+    rows = []
+    for file in files:
+        with open(file, newline="") as lines:
+            reader = csv.DictReader(lines)
+            if reader.fieldnames != [field.name for field in dataclasses.fields(Row)]:
+                raise BadInput(f"{file} has other columns than bench writes; name a file that bench wrote")
+            rows += [_row(cells) for cells in reader]
+    return rows
+
+
+def _row(cells: dict[str, str]) -> Row:
+    numbers = {name: float(cells[name]) if cells[name] else None for name in ("p20", "p50", "p80", "percent")}
+    return Row(**cells | numbers | {name: int(cells[name]) for name in ("bytes", "flops")})
+
+
+def measured(results: Path = RESULTS) -> list[Row]:
+    """All rows that a GPU gave."""
+    folders = sorted(path for path in results.glob("*") if path.is_dir() and path.name != PREDICTED.name)
+    return [row for path in folders if any(path.glob("*.csv")) for row in read(path)]
+
+
+def moved(before: Iterable[Row], after: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Rows whose time moved beyond both spreads: the intervals from p20 to p80 do not meet."""
+    timed = {row.key: row for row in before if row.p50 is not None}
+    pairs = [(timed[row.key], row) for row in after if row.p50 is not None and row.key in timed]
+    return [(a, b) for a, b in pairs if b.p20 > a.p80 or b.p80 < a.p20]
+
+
+def compare(before: Path, after: Path) -> int:
+    """Print what moved; return 1 where something got slower, 0 otherwise."""
+    old, new = read(before), read(after)
+    pairs = moved(old, new)
+    both = {row.key for row in old} & {row.key for row in new}
+    rows = [
+        (*b.key, a.p50, b.p50, f"{100 * (b.p50 / a.p50 - 1):+.1f}%")
+        for a, b in sorted(pairs, key=lambda pair: pair[0].p50 / pair[1].p50)
+    ]
+    if rows:
+        print(table(["op", "direction", "peer", "shape", "dtype", "ms before", "ms after", "change"], rows))
+    slower = sum(b.p50 > a.p50 for a, b in pairs)
+    print(f"{len(both)} rows in both; {slower} slower and {len(pairs) - slower} faster beyond their spread")
+    return 1 if slower else 0
+
+
+def is_stale(row: Row, root: Path = ROOT) -> bool:
+    """True where a kernel of ours was changed after the row was measured."""
+    if row.peer.partition(" ")[0] != OURS:
+        return False
+    return row.commit.endswith("+") or not _is_ancestor(_last_commit(row.op, root), row.commit, root)
+
+
+SOURCES = {"add_layer_norm": "layer_norm", "linear_cross_entropy": "cross_entropy"}
+"""the kernel file of an op that has not its own"""
+
+
+@functools.cache
+def _last_commit(op: str, root: Path) -> str:
+    files = ["kernels"] if op == "step" else [f"kernels/{SOURCES.get(op, op)}.py", "kernels/launch.py"]
+    return git("log", "-1", "--format=%h", "--", *files, root=root)
+
+
+@functools.cache
+def _is_ancestor(ancestor: str, commit: str, root: Path) -> bool:
+    done = subprocess.run(["git", "merge-base", "--is-ancestor", ancestor, commit], cwd=root, capture_output=True)
+    return done.returncode == 0
+
+
+def git(*args: str, root: Path = ROOT) -> str:
+    """What git says, or an empty string where there is no git or no repository."""
+    try:
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def commit(root: Path = ROOT) -> str:
+    """The commit of the tree, with a + where kernels or benchmarks differ from it."""
+    changed = git("status", "--porcelain", "--", "kernels", "bench", "model", "training", root=root)
+    changed = [line for line in changed.splitlines() if "bench/results/" not in line]
+    return git("rev-parse", "--short", "HEAD", root=root) + ("+" if changed else "")

@@ -1,0 +1,246 @@
+"""`python -m bench roofline`: the time that bytes, FLOPs and launches allow, op by op and for the whole step.
+
+A launch takes the longer of moving its bytes at the memory's peak and of multiplying at the tensor cores' peak, and
+LAUNCH_SECONDS (bench/chips.py): a bound from below, which no kernel reaches. What a GPU has measured stands beside it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bench import capture, pictures, step
+from bench.attention import LAUNCH_FLOPS
+from bench.chips import CHIPS, LAUNCH_SECONDS, Chip
+from bench.harness import Benchmark, Shape
+from bench.results import OURS, PREDICTED, RESULTS, Row, measured, write
+from bench.tables import table
+from kernels.ops import Ops
+from model.gpt import PRESETS
+
+ROOFLINE_CHIPS = ("A100", "H100", "H200")
+
+PARTS = (
+    ("matmul", r"aten::(mm|addmm|bmm)$"),
+    ("loss", r"cross_entropy|nll_loss|log_softmax|_mean_kernel"),
+    ("attention", r"attention|softmax|masked_fill|triu"),
+    ("norm", r"layer_norm"),
+    ("GELU", r"gelu|tanh|pow"),
+    ("optimizer", r"_foreach|_fused|adamw|clip"),
+    ("embedding", r"embedding"),
+    ("bias gradients", r"aten::sum"),
+    ("casts and copies", r"copy|clone|cat|zeros|ones|fill"),
+    ("other", r""),
+)
+"""what a kernel belongs to, by its name; the first that fits"""
+
+
+def part_of(name: str) -> str:
+    """Which of PARTS an operation or a kernel belongs to."""
+    return next(part for part, pattern in PARTS if re.search(pattern, name))
+
+
+def seconds(event: capture.Event, chip: Chip, dtype: torch.dtype) -> float:
+    """The least that an event takes on a chip."""
+    flops = event.flops
+    if event.launch and event.name in LAUNCH_FLOPS:
+        flops = LAUNCH_FLOPS[event.name](event.launch)
+    peak = chip.peak(str(dtype).partition(".")[2])
+    return max(event.bytes / chip.bandwidth, flops / peak) + event.launches * LAUNCH_SECONDS
+
+
+class Step(NamedTuple):
+    """A training step, predicted."""
+
+    preset: str
+    backend: str
+    chip: str
+    parts: dict[str, float]
+    """seconds, in the order of PARTS"""
+    launches: int
+    bytes: int
+    peak_bytes: int
+    """most that is alive"""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+
+def predict_step(
+    preset: str,
+    backend: str,
+    ops: Ops,
+    chips: Iterable[str] = ROOFLINE_CHIPS,
+    dtype: torch.dtype = torch.bfloat16,
+    **sizes: int,
+) -> list[Step]:
+    """Trace one step, at 64×1024 unless sizes say otherwise, and predict it on each chip."""
+    tracing = step.trace_step(PRESETS[preset], ops, dtype=dtype, **sizes)
+    steps = []
+    for name in chips:
+        parts = Counter({part: 0.0 for part, _ in PARTS})
+        for event in tracing.events:
+            parts[part_of(event.name)] += seconds(event, CHIPS[name], dtype)
+        launches, n_bytes = (sum(getattr(event, what) for event in tracing.events) for what in ("launches", "bytes"))
+        steps.append(Step(preset, backend, name, dict(parts), launches, n_bytes, tracing.peak_bytes))
+    return steps
+
+
+class Op(NamedTuple):
+    """One op, predicted on every chip."""
+
+    op: str
+    direction: str
+    shape: str
+    bytes: int
+    flops: int
+    launches: int
+    milliseconds: dict[str, float]
+
+
+def predict_op(benchmark: Benchmark, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[Op]:
+    """Bytes and FLOPs by the op's formula, launches as traced, forward and backward."""
+    with capture.trace() as tracing:
+        inputs = list(benchmark.inputs(dtype=dtype, device=torch.device("cpu"), **shape.sizes).values())
+        inputs = [v.requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in inputs]
+        tracing.restart()
+        out = benchmark.kernel(*inputs)
+        n_forward = sum(event.launches for event in tracing.events)
+        outs = [out] if isinstance(out, torch.Tensor) else list(out)
+        gradients = [torch.empty_like(out) for out in outs]
+        leaves = [v for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad]
+        torch.autograd.grad(outs, leaves, gradients)
+        n_backward = sum(event.launches for event in tracing.events) - n_forward
+    ops = []
+    costs = benchmark.costs(itemsize=dtype.itemsize, **shape.sizes)
+    for direction, cost, n_launches in zip(("forward", "backward"), costs, (n_forward, n_backward), strict=True):
+        multiplies = benchmark.ceiling != "copy"
+        times = {}
+        for name in ROOFLINE_CHIPS:
+            peak = CHIPS[name].peak(str(dtype).partition(".")[2] if multiplies else "float32")
+            bound = max(cost.bytes / CHIPS[name].bandwidth, cost.flops / peak) + n_launches * LAUNCH_SECONDS
+            times[name] = 1e3 * bound
+        ops.append(Op(benchmark.op, direction, shape.name, cost.bytes, cost.flops, n_launches, times))
+    return ops
+
+
+def predict() -> tuple[list[Op], list[Step]]:
+    """Every op at its first shape, and the step of every preset and backend."""
+    from bench import launches
+    from bench.suite import BENCHMARKS
+
+    ops = [op for benchmark in BENCHMARKS for op in predict_op(benchmark, benchmark.shapes[0])]
+    steps = [
+        predicted
+        for preset in launches.MODELS
+        for name, table_of_ops in launches.backends().items()
+        for predicted in predict_step(preset, name, table_of_ops)
+    ]
+    return ops, steps
+
+
+BOUND = "roofline"
+"""the peer that stands for the bound, in rows"""
+
+
+def rows_of(ops: Iterable[Op], steps: Iterable[Step], dtype: torch.dtype = torch.bfloat16) -> list[Row]:
+    """Predictions as rows; gpu is the chip's name, and the times are bounds."""
+    dtype_name = str(dtype).partition(".")[2]
+    rows = [
+        Row(op.op, op.direction, BOUND, op.shape, dtype_name, p50=ms, bytes=op.bytes, flops=op.flops, gpu=chip)
+        for op in ops
+        for chip, ms in op.milliseconds.items()
+    ]
+    for s in steps:
+        of_step = Row("step", "both", s.backend, f"{s.preset} 64×1024", dtype_name, bytes=s.bytes, gpu=s.chip)
+        rows.append(of_step.with_(p50=1e3 * s.seconds))
+        rows += [of_step.with_(op="step part", direction=k, p50=1e3 * v, bytes=0) for k, v in s.parts.items()]
+    return [row.with_(note="predicted") for row in rows]
+
+
+def measured_beside(ops: Iterable[Op], results: Path = RESULTS) -> list[tuple]:
+    """(op, direction, shape, GPU, predicted ms, measured ms, times the bound) of what a known chip has measured."""
+    beside = []
+    chips = {CHIPS[name].gpu: name for name in ROOFLINE_CHIPS}
+    timed = {
+        (r.op, r.direction, r.shape, r.gpu): r for r in measured(results) if r.peer == OURS and r.dtype == "bfloat16"
+    }
+    for op in ops:
+        for gpu, chip in chips.items():
+            row = timed.get((op.op, op.direction, op.shape, gpu))
+            if row and row.p50 is not None:
+                bound = op.milliseconds[chip]
+                beside.append((op.op, op.direction, op.shape, gpu, bound, row.p50, row.p50 / bound))
+    return sorted(beside, key=lambda line: line[5] - line[4], reverse=True)
+
+
+def picture(ops: list[Op], steps: list[Step], path: Path) -> None:
+    """The bound of every op, and of the step of d12 by part."""
+    canvas, axes = pictures.figure(13, 7.5, 2)
+    names = [f"{op.op} {op.direction}, {op.shape}" for op in ops]
+    pictures.grouped_bars(
+        axes[0], names, {chip: [op.milliseconds[chip] for op in ops] for chip in ROOFLINE_CHIPS}, "{:.2f}"
+    )
+    axes[0].set_xscale("log")
+    axes[0].set_xlabel("milliseconds")
+    axes[0].set_title("bound of every op in bf16 (predicted)", fontsize=10)
+    axes[0].legend(fontsize=8, frameon=False, loc="lower right")
+    pictures.top_first(axes[0])
+    shown = sorted((s for s in steps if s.preset == "d12"), key=lambda s: ROOFLINE_CHIPS.index(s.chip))
+    labels = [f"{s.chip}, {s.backend}" for s in shown]
+    pictures.stacked_bars(
+        axes[1], labels, {part: [1e3 * s.parts[part] for s in shown] for part, _ in PARTS}, "{:,.0f} ms"
+    )
+    axes[1].set_xlabel("milliseconds")
+    axes[1].set_title("bound of a step of d12 at 64×1024 in bf16 (predicted)", fontsize=10)
+    axes[1].legend(fontsize=8, frameon=False, loc="lower right")
+    pictures.top_first(axes[1])
+    pictures.save(canvas, path)
+
+
+def main(save: bool = False) -> int:
+    """Print predictions, and what was measured beside them."""
+    ops, steps = predict()
+    print("bounds in milliseconds: each op at its first shape in bf16")
+    header = ["op", "direction", "shape", "GB", "GFLOP", "launches", *ROOFLINE_CHIPS]
+    print(
+        table(
+            header,
+            [(*op[:3], op.bytes / 1e9, op.flops / 1e9, op.launches, *op.milliseconds.values()) for op in ops],
+        )
+    )
+    print("\nbounds of a training step at 64×1024 in bf16")
+    by_step = {}
+    for s in steps:
+        by_step.setdefault((s.preset, s.backend), []).append(s)
+    print(
+        table(
+            ["preset", "backend", "launches", "GB", "most alive, GB", *(f"{chip}, ms" for chip in ROOFLINE_CHIPS)],
+            [
+                (*key, of[0].launches, of[0].bytes / 1e9, of[0].peak_bytes / 1e9, *(1e3 * s.seconds for s in of))
+                for key, of in by_step.items()
+            ],
+        )
+    )
+    print("\nof it on an H100, d12, by part: milliseconds, and the share of the step")
+    shown = [s for s in steps if (s.preset, s.chip) == ("d12", "H100")]
+    print(
+        table(
+            ["part", *(s.backend for s in shown)],
+            [(p, *(f"{1e3 * s.parts[p]:.2f} ({100 * s.parts[p] / s.seconds:.0f}%)" for s in shown)) for p, _ in PARTS],
+        )
+    )
+    beside = measured_beside(ops)
+    if beside:
+        print("\nmeasured beside predicted, by what is lost")
+        print(table(["op", "direction", "shape", "GPU", "bound, ms", "measured, ms", "times the bound"], beside))
+    else:
+        print("\nnot yet measured on a GPU")
+    if save:
+        write(PREDICTED / "roofline.csv", rows_of(ops, steps))
+        picture(ops, steps, PREDICTED / "roofline.png")
+    return 0

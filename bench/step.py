@@ -1,0 +1,209 @@
+"""`python -m bench step`: one training step, with train.py's calls; timed on a GPU, counted on fake tensors."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bench import capture
+from bench.harness import Device, in_a_line, percentile, provenance, time_in_turns
+from bench.results import Row
+from kernels import ops as table_of_ops
+from kernels.ops import EAGER, EAGER_SDPA, Ops
+from model.gpt import GPT, PRESETS, GPTConfig
+from training import optim
+from training.config import Config
+from training.flops import flops_per_token, peak_flops
+
+
+def training_step(
+    model: Callable, gpt: GPT, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Forward, backward, clip and update.
+
+    Args:
+        model: `gpt`, or what torch.compile made of it.
+        gpt: whose parameters are updated.
+        optimizer: from `optim.build`.
+        x: (B, T) int64 token ids.
+        y: (B, T) int64, what comes after each.
+        dtype: of the matrix products; below fp32 by autocast.
+
+    Returns:
+        () the loss.
+    """
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        _, loss = model(x, y, return_logits=False)
+    loss.backward()
+    optim.clip_gradients(gpt.parameters(), 1.0)
+    optim.update(optimizer, torch.amp.GradScaler(enabled=False), accepted=True, finite=True)
+    return loss.detach()
+
+
+def trace_step(
+    config: GPTConfig,
+    ops: Ops,
+    batch_size: int = 64,
+    sequence_length: int = 1024,
+    dtype: torch.dtype = torch.bfloat16,
+    capability: int = 90,
+    recompute: int = 0,
+) -> capture.Trace:
+    """What the second training step of a network launches; the first makes the optimizer's state."""
+    gpt = GPT(config, ops, init=False)
+    gpt.set_recompute(recompute)
+    with capture.trace(capability) as tracing:
+        capture.fake_parameters(gpt)
+        optimizer = optim.build(gpt, Config(learning_rate=1e-4, weight_decay=0.1))
+        x, y = (torch.empty(batch_size, sequence_length, dtype=torch.int64) for _ in range(2))
+        training_step(gpt, gpt, optimizer, x, y, dtype)
+        tracing.restart()
+        training_step(gpt, gpt, optimizer, x, y, dtype)
+    return tracing
+
+
+def shape_name(preset: str, tokens: tuple[int, int]) -> str:
+    """How rows call it: d12 64×1024."""
+    return f"{preset} {tokens[0]}×{tokens[1]}"
+
+
+class Variant(NamedTuple):
+    """One way to make the step."""
+
+    backend: str
+    """eager, sdpa or triton"""
+    compiled: bool = False
+    graphed: bool = False
+
+
+VARIANTS = {
+    "triton": Variant("triton"),
+    "triton + compile": Variant("triton", compiled=True),
+    "triton + CUDA graph": Variant("triton", graphed=True),
+    "eager": Variant("eager"),
+    "eager + SDPA": Variant("sdpa"),
+    "compile": Variant("eager", compiled=True),
+    "compile + SDPA": Variant("sdpa", compiled=True),
+}
+
+
+def build(variant: Variant, config: GPTConfig, tokens: tuple[int, int], dtype: torch.dtype, device: Device) -> Callable:
+    """A network of its own, ready for its next step: a function without arguments that makes one."""
+    where = device.torch_device
+    ops = {"eager": EAGER, "sdpa": EAGER_SDPA}.get(variant.backend) or table_of_ops.triton_ops(where.type)
+    gpt = GPT(config, ops).to(where)
+    optimizer = optim.build(gpt, Config(learning_rate=1e-4, weight_decay=0.1))
+    for group in optimizer.param_groups:
+        group["capturable"] = variant.graphed and where.type == "cuda"
+    model = torch.compile(gpt, fullgraph=True) if variant.compiled else gpt
+    generator = torch.Generator(where).manual_seed(1)
+    x, y = (torch.randint(0, config.vocab_size, tokens, generator=generator, device=where) for _ in range(2))
+
+    def make_step() -> torch.Tensor:
+        return training_step(model, gpt, optimizer, x, y, dtype)
+
+    return device.capture(make_step) if variant.graphed else make_step
+
+
+def measure(
+    preset: str,
+    tokens: tuple[int, int],
+    dtype: torch.dtype,
+    device: Device,
+    variants: Iterable[str] = tuple(VARIANTS),
+    seconds: float = 20.0,
+    chrome_trace: Path | None = None,
+) -> list[Row]:
+    """Time the variants in turns, and where the time of each goes.
+
+    Args:
+        preset: a name in PRESETS.
+        tokens: (B, T).
+        dtype: of the matrix products.
+        device: whose clock it is.
+        variants: names in VARIANTS; what does not fit together in memory gets a row that says so.
+        seconds: that all steps take together, roughly.
+        chrome_trace: where a trace of the first variant goes.
+
+    Returns:
+        A row for each variant, `percent` being its MFU, and rows of the op "step part" for what it spends where.
+    """
+    config, dtype_name = PRESETS[preset], str(dtype).partition(".")[2]
+    steps: dict[str, Callable] = {}
+    notes: dict[str, str] = {}
+    for name in variants:
+        before, _ = device.allocated(), device.peak_bytes()
+        try:
+            steps[name] = build(VARIANTS[name], config, tokens, dtype, device)
+            for _ in range(2):
+                steps[name]()
+            notes[name] = f"peak {(device.peak_bytes() - before) / 1e9:.1f} GB"
+        except Exception as error:
+            steps.pop(name, None)
+            notes[name] = in_a_line("failed", error)
+
+    def caller(make_step: Callable) -> Callable:
+        def call(i: int) -> tuple:
+            start = device.mark()
+            make_step()
+            return start, device.mark()
+
+        return call
+
+    times, failures = time_in_turns(device, {name: caller(call) for name, call in steps.items()}, seconds)
+    flops = flops_per_token(config, tokens[1]) * tokens[0] * tokens[1]
+    peak = peak_flops(device.gpu, dtype_name, 0)
+    shape, rows = shape_name(preset, tokens), []
+    for name in variants:
+        row = Row("step", "both", name, shape, dtype_name, flops=flops, note=failures.get(name, notes[name]))
+        row = row.with_(**provenance(device))
+        if name in times:
+            row = row.with_(**{f"p{percent}": percentile(times[name], percent) for percent in (20, 50, 80)})
+            row = row.with_(percent=1e5 * flops / row.p50 / peak if peak else None)
+            for part, milliseconds in where_time_goes(steps[name], row.p50, device, chrome_trace).items():
+                rows.append(
+                    row.with_(op="step part", direction=part, p20=None, p50=milliseconds, p80=None, percent=None)
+                )
+            chrome_trace = None
+        rows.append(row)
+    return rows
+
+
+KERNEL_PARTS = (
+    ("matmul", r"gemm|cutlass|nvjet|xmma|cublas|splitK|matmul|_mm_"),
+    ("attention", r"flash|fmha|attention|attn"),
+    ("norm", r"layer_?norm|GammaBeta|rowwise_?moments"),
+    ("GELU", r"gelu|tanh|pow_"),
+    ("loss", r"cross_entropy|soft_?max|nll|_mean_kernel"),
+    ("optimizer", r"adam|multi_tensor|lpnorm|foreach"),
+    ("copies and casts", r"copy|memcpy|memset|cat_?array|fill|_to_copy"),
+    ("other", r""),
+)
+"""what a kernel belongs to, by the name that the profiler gives it; the first that fits"""
+
+
+def kernel_part(name: str) -> str:
+    """Which of KERNEL_PARTS a kernel belongs to."""
+    return next(part for part, pattern in KERNEL_PARTS if re.search(pattern, name, re.IGNORECASE))
+
+
+def where_time_goes(
+    make_step: Callable, milliseconds: float, device: Device, chrome_trace: Path | None = None
+) -> dict[str, float]:
+    """Milliseconds of a step by KERNEL_PARTS, from torch.profiler; what is left of the step's own time is idle."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.torch_device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        make_step()
+        device.milliseconds(device.mark(), device.mark())
+    if chrome_trace:
+        profile.export_chrome_trace(str(chrome_trace))
+    parts = Counter({part: 0.0 for part, _ in KERNEL_PARTS})
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            parts[kernel_part(event.name)] += event.device_time_total / 1e3
+    return dict(parts) | {"idle": max(milliseconds - sum(parts.values()), 0.0)}

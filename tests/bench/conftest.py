@@ -1,0 +1,91 @@
+"""What the tests of benchmarks share: a device whose clock counts, and a benchmark of a toy op."""
+
+import pytest
+import torch
+
+from bench.harness import Benchmark, Shape
+from kernels import interpreter
+from kernels.cost import Cost
+
+interpreter.choose("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class FakeDevice:
+    """A CPU that takes itself for a GPU. Time passes only where somebody lets it."""
+
+    torch_device = torch.device("cpu")
+    gpu = "NVIDIA Fake 1"
+    driver = "1.0"
+    l2_bytes = 4096
+
+    def __init__(self):
+        self.now = 0.0
+        self.holds = 0
+
+    def pass_time(self, milliseconds: float) -> None:
+        self.now += milliseconds
+
+    def hold(self) -> None:
+        self.holds += 1
+        self.now += 1000.0
+
+    def mark(self) -> float:
+        self.now += 1e-7  # no two events of a GPU are at the same moment
+        return self.now
+
+    def milliseconds(self, start: float, end: float) -> float:
+        return end - start
+
+    def allocated(self) -> int:
+        return 0
+
+    def peak_bytes(self) -> int:
+        return 25 * 10**9
+
+    def capture(self, call):
+        return call
+
+
+@pytest.fixture
+def device() -> FakeDevice:
+    return FakeDevice()
+
+
+class Doubling(torch.autograd.Function):
+    """y = 2·x, which takes so long on the fake device, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, device, forward_ms, backward_ms, factor):
+        device.pass_time(forward_ms)
+        ctx.rest = device, backward_ms, factor
+        return factor * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        device, backward_ms, factor = ctx.rest
+        device.pass_time(backward_ms)
+        return factor * dy, None, None, None, None
+
+
+@pytest.fixture
+def toy(device):
+    """Makes a benchmark of y = 2·x from peers given as (forward ms, backward ms, factor)."""
+
+    def make(kernel=(1.0, 2.0, 2.0), **peers) -> Benchmark:
+        def timed(forward_ms, backward_ms, factor):
+            return lambda x: Doubling.apply(x, device, forward_ms, backward_ms, factor)
+
+        return Benchmark(
+            op="toy",
+            shapes=(Shape("8×16", {"n_rows": 8, "n_cols": 16}, {"n_rows": 2, "n_cols": 16}),),
+            inputs=lambda n_rows, n_cols, dtype, device: {"x": torch.ones(n_rows, n_cols, dtype=dtype)},
+            oracle=lambda x: 2 * x,
+            kernel=timed(*kernel),
+            peers=lambda: {name: peer if callable(peer) else timed(*peer) for name, peer in peers.items()},
+            costs=lambda n_rows, n_cols, itemsize: (
+                Cost(2 * n_rows * n_cols * itemsize, n_rows * n_cols),
+                Cost(2 * n_rows * n_cols * itemsize, n_rows * n_cols),
+            ),
+        )
+
+    return make

@@ -1,0 +1,233 @@
+"""Every peer's adapter: torch's on small shapes, the libraries' on stand-ins with their signatures."""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import peers
+from kernels import accuracy, eager
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_like(peer, oracle, inputs, n_outputs_grad=None):
+    with torch.no_grad():
+        out = oracle(*inputs.values())
+    comparisons = accuracy.compare_op(peer, oracle, inputs, [torch.ones_like(out)])
+    assert comparisons and all(c.ok for c in comparisons), comparisons
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Put a module into place as if it were installed."""
+
+    def put(name: str, **functions):
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            dotted = ".".join(parts[:i])
+            module = sys.modules.get(dotted) or types.ModuleType(dotted)
+            module.__path__ = []
+            module.__spec__ = types.SimpleNamespace(name=dotted)
+            monkeypatch.setitem(sys.modules, dotted, module)
+        for attribute, function in functions.items():
+            monkeypatch.setattr(module, attribute, function, raising=False)
+
+    return put
+
+
+LAYER_NORM = {"x": normal(6, 16), "weight": normal(16, seed=1), "bias": normal(16, seed=2)}
+LOGITS = {"logits": normal(6, 11), "targets": torch.tensor([0, 10, -1, 3, 3, 5])}
+HEAD = {"hidden": normal(6, 8), "weight": normal(11, 8, seed=1), "targets": LOGITS["targets"]}
+QKV = {"qkv": normal(2, 9, 3 * 16), "n_head": 2}
+
+
+def test_compiled_peers_are_the_function(monkeypatch):
+    options = []
+
+    def compile(function, **given):
+        options.append(given)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    made = peers.compiled(eager.gelu)
+    assert list(made) == ["compile", "compile max-autotune"]
+    assert options == [{"dynamic": False}, {"dynamic": False, "mode": "max-autotune-no-cudagraphs"}]
+    for peer in made.values():
+        assert_like(peer, eager.gelu, {"x": normal(5, 7)})
+
+
+def test_compiled_peers_trace_without_a_break():
+    for function, inputs in (
+        (eager.gelu, {"x": normal(5, 7)}),
+        (
+            eager.add_layer_norm,
+            {"residual": normal(6, 16), "branch": normal(6, 16, seed=3), "w": normal(16), "b": normal(16)},
+        ),
+        (eager.sdpa_attention, QKV),
+        (eager.linear_cross_entropy, HEAD),
+        (eager.embedding, {"idx": torch.zeros(2, 3, dtype=torch.int64), "w": normal(5, 4), "p": normal(3, 4)}),
+    ):
+        compiled = torch.compile(function, dynamic=False, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(*inputs.values()), function(*inputs.values()))
+
+
+def test_each_sdpa_backend_is_forced(monkeypatch):
+    entered = []
+
+    def record(backend):
+        entered.append(backend)
+        return __import__("contextlib").nullcontext()
+
+    monkeypatch.setattr(peers, "sdpa_kernel", record)
+    for name, peer in peers.sdpa().items():
+        entered.clear()
+        assert_like(peer, eager.attention, QKV)
+        assert set(entered) == {peers.SDPA[name]}
+    assert len(set(peers.SDPA.values())) == 4
+
+
+def test_math_really_runs_under_its_name():
+    assert_like(peers.sdpa()["sdpa-math"], eager.attention, QKV)
+
+
+def test_torch_gelu():
+    assert_like(peers.torch_gelu, eager.gelu, {"x": normal(5, 7)})
+
+
+def test_three_matmuls_are_those_of_the_head():
+    hidden, weight = (tensor.clone().requires_grad_() for tensor in (HEAD["hidden"], HEAD["weight"]))
+    out = peers.three_matmuls(hidden, weight, HEAD["targets"])
+    logits = hidden.detach() @ weight.detach().t()
+    assert out.shape == () and out == logits[0, 0]
+    out.backward()
+    torch.testing.assert_close(hidden.grad, logits @ weight.detach())
+    torch.testing.assert_close(weight.grad, logits.t() @ hidden.detach())
+
+
+def test_what_is_not_installed_is_left_out():
+    assert (
+        peers.installed(
+            {
+                "liger": lambda: 1 / 0,
+                "flash-attn deterministic": lambda: 1 / 0,
+                "quack": lambda: 1 / 0,
+                "cce": lambda: 1 / 0,
+            }
+        )
+        == {}
+    )
+
+
+def test_what_is_installed_is_made(stand_in):
+    stand_in("liger_kernel")
+    assert peers.installed({"liger": lambda: "made", "quack": lambda: 1 / 0}) == {"liger": "made"}
+
+
+def test_liger_layer_norm(stand_in):
+    class LigerLayerNormFunction:
+        @staticmethod
+        def apply(X, W, B, eps):
+            return F.layer_norm(X, W.shape, W, B, eps)
+
+    stand_in("liger_kernel.ops.layer_norm", LigerLayerNormFunction=LigerLayerNormFunction)
+    assert_like(peers.liger_layer_norm(), eager.layer_norm, LAYER_NORM)
+
+
+def test_liger_cross_entropy_keeps_the_logits_of_the_caller(stand_in):
+    class Overwriting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, target, ignore_index):
+            loss = F.cross_entropy(x, target, ignore_index=ignore_index)
+            with torch.enable_grad():
+                leaf = x.detach().clone().requires_grad_()
+                (dx,) = torch.autograd.grad(F.cross_entropy(leaf, target, ignore_index=ignore_index), leaf)
+            x.copy_(dx)
+            ctx.save_for_backward(x.detach())
+            return loss
+
+        @staticmethod
+        def backward(ctx, dloss):
+            return ctx.saved_tensors[0] * dloss, None, None
+
+    def liger_cross_entropy(
+        input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"
+    ):
+        return Overwriting.apply(input, target, ignore_index)
+
+    stand_in("liger_kernel.transformers.functional", liger_cross_entropy=liger_cross_entropy)
+    logits = LOGITS["logits"].clone()
+    assert_like(peers.liger_cross_entropy(), eager.cross_entropy, LOGITS | {"logits": logits})
+    assert torch.equal(logits, LOGITS["logits"])
+
+
+def linear(hidden, weight, targets, ignore_index):
+    return F.cross_entropy(hidden @ weight.t(), targets, ignore_index=ignore_index)
+
+
+def test_liger_head(stand_in):
+    def liger_fused_linear_cross_entropy(input, weight, target, bias=None, ce_weight=None, ignore_index=-100):
+        return linear(input, weight, target, ignore_index)
+
+    stand_in("liger_kernel.transformers.functional", liger_fused_linear_cross_entropy=liger_fused_linear_cross_entropy)
+    assert_like(peers.liger_linear_cross_entropy(), eager.linear_cross_entropy, HEAD)
+
+
+def test_quack_layer_norm(stand_in):
+    def layernorm_fwd(x, weight, bias=None, eps=1e-6, return_rstd=False, return_mean=False):
+        assert weight.dtype == bias.dtype == torch.float32 and return_rstd and return_mean
+        mean, rstd = x.mean(-1), (x.var(-1, unbiased=False) + eps).rsqrt()
+        return F.layer_norm(x, weight.shape, weight, bias, eps), rstd, mean
+
+    def layernorm_bwd(x, weight, dout, rstd, mean, has_bias=True):
+        x_hat = (x - mean[:, None]) * rstd[:, None]
+        wdy = dout * weight
+        dx = (wdy - wdy.mean(-1, keepdim=True) - x_hat * (wdy * x_hat).mean(-1, keepdim=True)) * rstd[:, None]
+        return dx, (dout * x_hat).sum(0), dout.sum(0)
+
+    stand_in("quack.rmsnorm", layernorm_fwd=layernorm_fwd, layernorm_bwd=layernorm_bwd)
+    assert_like(peers.quack_layer_norm(), eager.layer_norm, LAYER_NORM)
+
+
+def test_quack_cross_entropy_and_head(stand_in):
+    def cross_entropy(
+        x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="mean", inplace_backward=False
+    ):
+        return F.cross_entropy(x, target, ignore_index=ignore_index)
+
+    def chunked_linear_cross_entropy(
+        x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True
+    ):
+        return linear(x, weight, target, ignore_index)
+
+    stand_in("quack.cross_entropy", cross_entropy=cross_entropy)
+    stand_in("quack.linear_cross_entropy", chunked_linear_cross_entropy=chunked_linear_cross_entropy)
+    assert_like(peers.quack_cross_entropy(), eager.cross_entropy, LOGITS)
+    assert_like(peers.quack_linear_cross_entropy(), eager.linear_cross_entropy, HEAD)
+
+
+def test_cce_head(stand_in):
+    def linear_cross_entropy(e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False):
+        return linear(e, c, targets, ignore_index)
+
+    stand_in("cut_cross_entropy", linear_cross_entropy=linear_cross_entropy)
+    assert_like(peers.cce_linear_cross_entropy(), eager.linear_cross_entropy, HEAD)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attention(stand_in, deterministic):
+    asked = []
+
+    def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
+        assert causal and qkv.shape[2] == 3
+        asked.append(deterministic)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    stand_in("flash_attn", flash_attn_qkvpacked_func=flash_attn_qkvpacked_func)
+    assert_like(peers.flash_attention(deterministic), eager.attention, QKV)
+    assert set(asked) == {deterministic}
