@@ -435,7 +435,7 @@ def test_missing_extra(refused, monkeypatch):
         ([], "required: CORPUS"),
         (["text"], "required: PATH"),
         (["pydoc", "--shard_tokens", "0"], "--shard_tokens: 0 is no whole number"),
-        (["pydoc", "--shard_tokens", "1.5"], "--shard_tokens: 1.5 is no whole number"),
+        (["pydoc", "--shard_tokens", "123456.5"], "--shard_tokens: 123456.5 is no whole number"),
         (["pydoc", "--shard_tokens", "1e999"], "--shard_tokens: 1e999 is no whole number"),
         (["pydoc", "--shard_tokens", "3e9"], "--shard_tokens: 3e9 is no whole number from 1 to 2147483647"),
         (["pydoc", "--val_tokens", "few"], "--val_tokens: few is no whole number"),
