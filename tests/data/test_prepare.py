@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import common
+from common import BadInput
 from data import prepare
 from data.loader import ShardLoader
 from data.tokenizer import gpt2_encoding
@@ -269,6 +270,19 @@ def test_folder_appears_when_it_is_complete(tmp_path):
     assert all_tokens(folder) == expected
 
 
+def test_folder_that_another_process_made_in_the_meantime(tmp_path):
+    def documents():
+        yield from DOCUMENTS
+        folder.mkdir()
+        (folder / "train_000000.bin").write_bytes(b"theirs")
+
+    folder = tmp_path / "out"
+    with pytest.raises(BadInput, match=f"cannot write {folder}: "):
+        prepare.prepare(documents(), folder, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(folder) == {"train_000000.bin": b"theirs"}
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_exception_on_the_way_leaves_nothing(tmp_path, workers):
     def documents():
@@ -330,6 +344,8 @@ def test_occupied_folder_and_file(refused, tmp_path, answers):
     file = tmp_path / "notes" / "train_000000.bin"
     assert f"--output_dir {file} is a file" in refused("pydoc", output_dir=file)
     assert file.read_bytes() == b"mine"
+    name = tmp_path / (300 * "x")
+    assert f"cannot write --output_dir {name}: File name too long" in refused("pydoc", output_dir=name)
 
 
 def test_empty_folder_is_taken_also_the_one_that_one_is_in(tmp_path, monkeypatch):
