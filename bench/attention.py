@@ -3,11 +3,24 @@
 import torch
 
 from bench import peers
+from bench.capture import Launch
 from bench.harness import Benchmark, Shape, normal
 from kernels import attention, eager
 
 TOKENS, WIDTH = 65536, 768
 LENGTHS = (1024, 4096, 16384, 512, 2048, 8192)
+
+
+PRODUCTS = {"_attention_fwd_kernel": 2, "_attention_bwd_dq_kernel": 3, "_attention_bwd_dkdv_kernel": 4}
+"""matrix products that each kernel makes of a tile of scores"""
+
+
+def launch_flops(noted: Launch) -> int:
+    """FLOPs that a launch executes where no tile is computed in vain: the causal half; 0 for other kernels."""
+    if noted.name not in PRODUCTS:
+        return 0
+    B, H, T, D = noted.args["q_ptr"].shape
+    return PRODUCTS[noted.name] * B * H * T * T * D
 
 
 def _inputs(B: int, T: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
@@ -48,4 +61,3 @@ BENCHMARKS = (
         ceiling="matmul",
     ),
 )
-LAUNCH_FLOPS = {}

@@ -47,6 +47,8 @@ class Resources(NamedTuple):
     mma: str
     """tcgen05, wgmma or mma; empty where nothing is multiplied"""
     has_dot: bool
+    serialised: bool
+    """whether ptxas runs wgmma one by one: it says so in a warning"""
 
     @property
     def chip(self) -> Chip:
@@ -60,8 +62,8 @@ def launches(preset: str, capability: int, **shape) -> list[capture.Launch]:
     ops = capture.our_ops()
     noted = step.trace_step(config, ops, capability=capability, **shape).launches
     with capture.trace(capability) as tracing:
-        logits = torch.empty(4096, config.vocab_size, dtype=torch.bfloat16, requires_grad=True)
-        ops.cross_entropy(logits, torch.empty(4096, dtype=torch.int64)).backward()
+        logits = torch.empty(64 * 1024, config.vocab_size, dtype=torch.bfloat16, requires_grad=True)
+        ops.cross_entropy(logits, torch.empty(64 * 1024, dtype=torch.int64)).backward()
     return noted + tracing.launches
 
 
@@ -103,7 +105,16 @@ def inspect(specialised: capture.Specialised, kernel: str, preset: str) -> Resou
         _widest(sass, r"STG", "UTMASTG"),
         mma.partition(".")[0],
         "tt.dot" in compiled.asm["ttir"],
+        mma.startswith("wgmma") and _is_serialised(ptx),
     )
+
+
+def _is_serialised(ptx: str) -> bool:
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [BINARIES / "ptxas", "-arch=sm_90a", file.name, "-o", os.devnull]
+        return "serialized" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _output_of(program: str, *args: str) -> str:
@@ -113,8 +124,11 @@ def _output_of(program: str, *args: str) -> str:
 def _widest(sass: str, instructions: str, copy_engine: str) -> int:
     """In bits, of the instructions that the program has."""
     accesses = re.findall(rf"\b(?:{instructions})\.([\w.]+)", sass)
-    widths = [next((int(bits) for bits in re.findall(r"\b(256|128|64|16)\b", access)), 32) for access in accesses]
+    widths = [next((WIDTHS[word] for word in access.split(".") if word in WIDTHS), 32) for access in accesses]
     return max([*widths, 128 if copy_engine in sass else 0])
+
+
+WIDTHS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 
 
 def complaints(found: Iterable[Resources]) -> list[str]:
@@ -128,6 +142,8 @@ def complaints(found: Iterable[Resources]) -> list[str]:
             lines.append(f"{where} wants {r.shared} bytes of shared memory, and the chip has {r.chip.shared_per_block}")
         if r.has_dot and r.mma != BEST_MMA[r.capability]:
             lines.append(f"{where} multiplies by {r.mma or 'no matrix instruction'}, not {BEST_MMA[r.capability]}")
+        if r.serialised:
+            lines.append(f"{where}: ptxas runs wgmma one by one")
     return lines
 
 

@@ -61,8 +61,8 @@ def folder(gpu: str, results: Path = RESULTS) -> Path:
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows to a CSV file; rows that it has of the same op, direction, peer, shape and dtype are replaced."""
-    kept = {row.key: row for row in (read(path) if path.exists() else [])} | {row.key: row for row in rows}
+    """Write rows to a CSV file; those that it has of the same key and GPU are replaced."""
+    kept = {(row.key, row.gpu): row for row in [*(read(path) if path.exists() else []), *rows]}
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
     writer.writeheader()

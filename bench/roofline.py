@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from bench import capture, pictures, step
-from bench.attention import LAUNCH_FLOPS
+from bench.attention import launch_flops
 from bench.chips import CHIPS, LAUNCH_SECONDS, Chip
 from bench.harness import Benchmark, Shape
 from bench.results import OURS, PREDICTED, RESULTS, Row, measured, write
@@ -45,9 +45,7 @@ def part_of(name: str) -> str:
 
 def seconds(event: capture.Event, chip: Chip, dtype: torch.dtype) -> float:
     """The least that an event takes on a chip."""
-    flops = event.flops
-    if event.launch and event.name in LAUNCH_FLOPS:
-        flops = LAUNCH_FLOPS[event.name](event.launch)
+    flops = launch_flops(event.launch) if event.launch else event.flops
     peak = chip.peak(str(dtype).partition(".")[2])
     return max(event.bytes / chip.bandwidth, flops / peak) + event.launches * LAUNCH_SECONDS
 

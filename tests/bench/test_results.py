@@ -39,6 +39,12 @@ def test_a_second_measurement_replaces_the_first_and_leaves_the_others(tmp_path)
     assert {r.peer: r.p50 for r in read(tmp_path / "gelu.csv")} == {"triton": 2.0, "eager": 4.0}
 
 
+def test_two_gpus_may_share_a_file(tmp_path):
+    rows = [row(gpu="A100", p50=2.0), row(gpu="H100")]
+    write(tmp_path / "gelu.csv", rows)
+    assert read(tmp_path / "gelu.csv") == rows
+
+
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n"])
 def test_files_of_others_are_refused(tmp_path, text):
     (tmp_path / "other.csv").write_text(text)

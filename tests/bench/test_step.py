@@ -1,0 +1,115 @@
+"""The timed training step, on the CPU with a clock that counts."""
+
+import json
+
+import pytest
+import torch
+
+from bench import harness, step
+from model.gpt import GPTConfig
+
+TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=1, n_head=2, n_embd=32)
+
+
+@pytest.fixture
+def steps(device, monkeypatch):
+    """Measure variants of a tiny network, each step of which takes 7 ms."""
+    monkeypatch.setitem(step.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(harness, "ROUNDS", (2, 2))
+    monkeypatch.setattr(harness, "WARM_UP", 1)
+    original = step.training_step
+
+    def timed(*args):
+        device.pass_time(7.0)
+        return original(*args)
+
+    monkeypatch.setattr(step, "training_step", timed)
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="eager", **options))
+
+    def measure(*variants, **options):
+        return step.measure("tiny", (2, 8), torch.float32, device, variants, seconds=0.05, **options)
+
+    return measure
+
+
+def test_every_variant_makes_steps(steps):
+    rows = {row.peer: row for row in steps(*step.VARIANTS) if row.op == "step"}
+    assert list(rows) == list(step.VARIANTS)
+    for row in rows.values():
+        assert row.p50 == pytest.approx(7.0, rel=1e-4), row.note
+        assert (row.shape, row.dtype, row.note) == ("tiny 2×8", "float32", "peak 25.0 GB")
+        assert row.flops == step.flops_per_token(TINY, 8) * 16
+
+
+def test_the_mfu_is_of_the_peak_of_the_gpu(steps, device):
+    device.gpu = "NVIDIA H100 80GB HBM3"
+    (row,) = (row for row in steps("eager") if row.op == "step")
+    assert row.percent == pytest.approx(100 * row.flops / 7e-3 / 66.9e12, rel=1e-3)
+
+
+def test_a_variant_that_does_not_fit_is_noted(steps, monkeypatch):
+    original = step.build
+
+    def build(variant, *args):
+        if variant.backend == "sdpa":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(variant, *args)
+
+    monkeypatch.setattr(step, "build", build)
+    rows = {row.peer: row for row in steps("eager", "eager + SDPA") if row.op == "step"}
+    assert (rows["eager + SDPA"].p50, rows["eager + SDPA"].note) == (None, "out of memory")
+    assert rows["eager"].p50
+
+
+def test_what_no_kernel_accounts_for_is_idle(steps, tmp_path):
+    rows = steps("eager", chrome_trace=tmp_path / "trace.json")
+    parts = {row.direction: row.p50 for row in rows if row.op == "step part"}
+    assert list(parts) == [*(part for part, _ in step.KERNEL_PARTS), "idle"]
+    assert parts["idle"] == pytest.approx(7.0, rel=1e-4)  # a CPU has no GPU kernels
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_bias_TNT", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmul"),
+        ("ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn", "matmul"),
+        ("_attention_fwd_kernel", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>", "attention"),
+        ("_layer_norm_bwd_kernel", "norm"),
+        ("void at::native::vectorized_layer_norm_kernel<float, float>", "norm"),
+        ("void at::native::GammaBetaBackwardCUDAKernelTemplate<float>", "norm"),
+        ("_gelu_fwd_kernel", "GELU"),
+        ("_linear_cross_entropy_kernel", "loss"),
+        ("void (anonymous namespace)::cunn_SoftMaxForward<8, float>", "loss"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("Memcpy DtoD (Device -> Device)", "copies and casts"),
+        ("void at::native::unrolled_elementwise_kernel<direct_copy_kernel_cuda>", "copies and casts"),
+        ("void at::native::reduce_kernel<128, 4>", "other"),
+    ],
+)
+def test_kernels_belong_to_parts(kernel, part):
+    assert step.kernel_part(kernel) == part
+
+
+def test_the_step_is_that_of_the_training_loop():
+    """The same loss and weights as plain calls of autograd and AdamW."""
+    from kernels.ops import EAGER
+    from model.gpt import GPT
+    from training import optim
+    from training.config import Config
+
+    x, y = (torch.randint(0, 61, (2, 8), generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    ours, plain = GPT(TINY, EAGER), GPT(TINY, EAGER)
+    of_ours, of_plain = (optim.build(gpt, Config(learning_rate=1e-2, weight_decay=0.1)) for gpt in (ours, plain))
+    for _ in range(2):
+        loss = step.training_step(ours, ours, of_ours, x, y, torch.float32)
+        _, expected = plain(x, y, return_logits=False)
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        of_plain.step()
+        of_plain.zero_grad()
+        assert loss == expected
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
