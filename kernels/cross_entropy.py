@@ -1,0 +1,626 @@
+"""Cross-entropy of logits, and of the tied head without the logits, forward and backward.
+
+    m = maxᵥ xᵥ,  rest = Σ exp(xᵥ − m) over v ≠ target,  l = rest + exp(x[target] − m)     of a row x of logits
+    p = exp(x − m)/l,  p[target] − 1 = −rest/l
+    loss = mean of log l + m − x[target] over the n_counted rows whose target counts
+    dx = (p − onehot(target))·dloss/n_counted, zero where the target does not count
+
+One online pass gives m and rest (Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867). The sum is without the
+target, so that neither p − 1 nor the logarithm of an l near 1 cancels. All is fp32 (fp64 in fp64), the loss too. Saved
+for backward: the logits, and m, 1/l and −rest/l of each row. Not lse = m + log l: at |m| = 100 rounding it would cost
+4e-6 of every probability, and x − m costs nothing. n rows of V logits are read once forward, read once and written once
+backward: 3·n·V·itemsize bytes, at about 5 FLOPs a logit each way.
+
+The tied head takes the rows in chunks and makes the gradients in the same pass (Hsu et al. 2024,
+https://arxiv.org/abs/2410.10989). For each chunk, in one buffer:
+
+    logits = hidden·weightᵀ     a matmul of torch's
+    logits ← (p − onehot)·2¹⁵   one kernel; a program reads its row twice, the second time from L2, and writes it once
+    dhidden = logits·weight,  dweight += logitsᵀ·hidden
+
+What they have to be multiplied by, dloss/(n_counted·2¹⁵), is known in backward; until then both wait in fp32. That
+is all that is saved. 6·n·V·C FLOPs, or 2·n·V·C where nobody differentiates. A chunk of logits is written twice
+and read four times, once of these from L2, and each chunk reads and writes the 4·V·C bytes of dweight.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import launch
+from kernels.cost import Cost
+
+IGNORE_INDEX = -1
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""below every logit in fp32; unlike −∞ it may be subtracted from −∞"""
+GRADIENT_SCALE = 2.0**15
+"""The largest power of two by which |p − onehot| ≤ 1 stays finite in fp16, which then keeps p from 2⁻³⁹ on. Eager keeps
+p·S/n_counted from 2⁻²⁴ on: less, at the factor S = 2¹⁶ that a GradScaler begins with. Powers of two round nothing."""
+
+CHUNK_BUDGET = 512 * 2**20
+"""Bytes of a chunk of logits, at most. That is 5,248 rows of GPT-2's vocabulary in 16 bits: at C = 768 dhidden is then
+123 tiles of 128 × 256, one for nearly each of an H100's 132 multiprocessors."""
+PEAK_FRACTION = 8
+"""The head takes at most this fraction of the bytes that all logits would, beside the gradients."""
+CHUNK_BLOCK = 128
+"""Rows that a matmul's tile takes: a chunk is a multiple of it."""
+ALIGNMENT = 64
+"""A row of the chunk's buffer starts at a multiple of it, in elements: kernel and matmuls want 16 bytes, which rows of
+50257 would not give. What lies between the rows is never read or written."""
+
+
+@triton.jit
+def _online_softmax(x, m_i, l_i):
+    m_new = tl.maximum(m_i, tl.max(x, 0))
+    return m_new, l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(x - m_new), 0)
+
+
+@triton.jit
+def _log1p(x):
+    """To the last bits of x, without libdevice (Kahan; Goldberg 1991, theorem 4)."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
+
+
+@triton.jit
+def _load_target(targets_ptr, row, n_cols, ignore_index):
+    """The target, and whether it counts, without which it is 0; one that is out of range does not."""
+    target = tl.load(targets_ptr + row)
+    is_counted = (target != ignore_index) & (target >= 0) & (target < n_cols)
+    return tl.where(is_counted, target, 0).to(tl.int32), is_counted
+
+
+@triton.jit
+def _row_statistics(row_ptr, n_cols, target, is_counted, COMPUTE_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """m, 1/l, p[target] − 1 and the loss. Whole blocks go without a mask, which at an odd n_cols would forbid 128-bit
+    loads; the rest goes in blocks so small that their scalar loads, mostly masked, take few registers."""
+    # Here and not at the end: the latency is hidden, and the reductions below wait for it, so that no other warp can
+    # write the gradient over it first.
+    x_target = tl.load(row_ptr + target).to(COMPUTE_DTYPE)
+    m_i = tl.full((), LOWEST, COMPUTE_DTYPE)
+    rest = tl.full((), 0.0, COMPUTE_DTYPE)
+    n_whole = n_cols // BLOCK_N * BLOCK_N
+    offs = tl.arange(0, BLOCK_N)
+    for start in range(0, n_whole, BLOCK_N):
+        cols = start + offs
+        x = tl.load(row_ptr + cols).to(COMPUTE_DTYPE)
+        m_i, rest = _online_softmax(tl.where(cols == target, float("-inf"), x), m_i, rest)
+    offs = tl.arange(0, BLOCK_N // 8)
+    for start in range(n_whole, n_cols, BLOCK_N // 8):
+        cols = start + offs
+        x = tl.load(row_ptr + cols, mask=cols < n_cols, other=float("-inf")).to(COMPUTE_DTYPE)
+        m_i, rest = _online_softmax(tl.where(cols == target, float("-inf"), x), m_i, rest)
+
+    m = tl.maximum(m_i, x_target)
+    rest *= tl.exp(m_i - m)
+    p_target = tl.exp(x_target - m)
+    l_i = rest + p_target
+    log_l = tl.where(x_target == m, _log1p(rest), tl.log(l_i))
+    return m, 1.0 / l_i, -rest / l_i, tl.where(is_counted, log_l + (m - x_target), 0.0)
+
+
+@triton.jit
+def _dlogits(x, cols, target, is_counted, m, inverse_l, d_target, scale):
+    p = tl.exp(x - m) * inverse_l
+    return tl.where(is_counted, tl.where(cols == target, d_target, p) * scale, 0.0)
+
+
+@triton.jit
+def _row_gradient(
+    row_ptr,
+    d_row_ptr,
+    n_cols,
+    target,
+    is_counted,
+    m,
+    inverse_l,
+    d_target,
+    scale,
+    COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write (p − onehot)·scale to d_row_ptr, which may be row_ptr."""
+    dtype = d_row_ptr.dtype.element_ty
+    n_whole = n_cols // BLOCK_N * BLOCK_N
+    offs = tl.arange(0, BLOCK_N)
+    for start in range(0, n_whole, BLOCK_N):
+        cols = start + offs
+        x = tl.load(row_ptr + cols).to(COMPUTE_DTYPE)
+        dx = _dlogits(x, cols, target, is_counted, m, inverse_l, d_target, scale)
+        tl.store(d_row_ptr + cols, dx.to(dtype))
+    offs = tl.arange(0, BLOCK_N // 8)
+    for start in range(n_whole, n_cols, BLOCK_N // 8):
+        cols = start + offs
+        mask = cols < n_cols
+        x = tl.load(row_ptr + cols, mask=mask, other=0.0).to(COMPUTE_DTYPE)
+        dx = _dlogits(x, cols, target, is_counted, m, inverse_l, d_target, scale)
+        tl.store(d_row_ptr + cols, dx.to(dtype), mask=mask)
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(
+    logits_ptr,
+    stride_row,
+    n_cols,
+    targets_ptr,
+    ignore_index,
+    losses_ptr,
+    statistics_ptr,
+    COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_row
+    target, is_counted = _load_target(targets_ptr, row, n_cols, ignore_index)
+    m, inverse_l, d_target, loss = _row_statistics(row_ptr, n_cols, target, is_counted, COMPUTE_DTYPE, BLOCK_N)
+    tl.store(losses_ptr + row, loss)
+    tl.store(statistics_ptr + 3 * row, m)
+    tl.store(statistics_ptr + 3 * row + 1, inverse_l)
+    tl.store(statistics_ptr + 3 * row + 2, d_target)
+
+
+@triton.jit
+def _cross_entropy_bwd_kernel(
+    logits_ptr,
+    stride_row,
+    n_cols,
+    targets_ptr,
+    ignore_index,
+    dlogits_ptr,
+    stride_d_row,
+    statistics_ptr,
+    dloss_ptr,
+    n_counted_ptr,
+    COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target, is_counted = _load_target(targets_ptr, row, n_cols, ignore_index)
+    _row_gradient(
+        logits_ptr + row * stride_row,
+        dlogits_ptr + row * stride_d_row,
+        n_cols,
+        target,
+        is_counted,
+        tl.load(statistics_ptr + 3 * row),
+        tl.load(statistics_ptr + 3 * row + 1),
+        tl.load(statistics_ptr + 3 * row + 2),
+        tl.load(dloss_ptr) / tl.load(n_counted_ptr),
+        COMPUTE_DTYPE,
+        BLOCK_N,
+    )
+
+
+@triton.jit
+def _linear_cross_entropy_kernel(
+    logits_ptr,
+    stride_row,
+    n_cols,
+    targets_ptr,
+    ignore_index,
+    losses_ptr,
+    scale,
+    HAS_GRADIENT: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The loss of a row and then, over its logits, their gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_row
+    target, is_counted = _load_target(targets_ptr, row, n_cols, ignore_index)
+    m, inverse_l, d_target, loss = _row_statistics(row_ptr, n_cols, target, is_counted, COMPUTE_DTYPE, BLOCK_N)
+    tl.store(losses_ptr + row, loss)
+    if HAS_GRADIENT:
+        _row_gradient(
+            row_ptr,
+            row_ptr,
+            n_cols,
+            target,
+            is_counted,
+            m,
+            inverse_l,
+            d_target,
+            scale,
+            COMPUTE_DTYPE,
+            BLOCK_N,
+        )
+
+
+@triton.jit
+def _mean_kernel(
+    losses_ptr,
+    targets_ptr,
+    n_rows,
+    n_cols,
+    ignore_index,
+    loss_ptr,
+    n_counted_ptr,
+    is_valid_ptr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program, so that the sum has one order. n_counted is written as 1 where it is 0: it is divided by."""
+    offs = tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), losses_ptr.dtype.element_ty)
+    n_counted = tl.zeros((BLOCK_N,), tl.int32)
+    n_invalid = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(0, n_rows, BLOCK_N):
+        mask = start + offs < n_rows
+        total += tl.load(losses_ptr + start + offs, mask=mask, other=0.0)
+        target = tl.load(targets_ptr + start + offs, mask=mask, other=ignore_index)
+        is_counted = target != ignore_index
+        n_counted += is_counted.to(tl.int32)
+        n_invalid += (is_counted & ((target < 0) | (target >= n_cols))).to(tl.int32)
+    n = tl.sum(n_counted, 0)
+    divisor = tl.maximum(n, 1).to(loss_ptr.dtype.element_ty)
+    tl.store(loss_ptr, tl.where(n > 0, tl.sum(total, 0) / divisor, float("nan")))
+    tl.store(n_counted_ptr, divisor)
+    tl.store(is_valid_ptr, (tl.sum(n_invalid, 0) == 0).to(tl.int32))
+
+
+def _launch(kernel: triton.JITFunction, logits: torch.Tensor, targets: torch.Tensor, *args, **constexprs) -> None:
+    """Run a kernel with a program for each row of logits (n_rows, V), whose columns have stride 1."""
+    n_rows, n_cols = logits.shape
+    if n_rows == 0:
+        return
+    row = launch.lookup("cross_entropy", logits.device, logits.element_size(), n_cols)
+    with torch.cuda.device_of(logits):
+        kernel[(n_rows,)](
+            logits,
+            logits.stride(0),
+            n_cols,
+            targets,
+            *args,
+            **constexprs,
+            COMPUTE_DTYPE=launch.compute_dtype(logits.dtype),
+            BLOCK_N=min(row.block_n, 8 * triton.next_power_of_2(n_cols)),  # one small block for a small vocabulary
+            num_warps=row.num_warps,
+            num_stages=row.num_stages,
+        )
+
+
+def _mean(
+    losses: torch.Tensor, targets: torch.Tensor, n_cols: int, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of what counts and how many that are (at least 1), having seen to it that every target is in range."""
+    loss, n_counted = (torch.empty((), dtype=losses.dtype, device=losses.device) for _ in range(2))
+    is_valid = torch.empty((), dtype=torch.int32, device=losses.device)
+    row = launch.lookup("cross_entropy", losses.device, losses.element_size())
+    with torch.cuda.device_of(losses):
+        _mean_kernel[(1,)](
+            losses,
+            targets,
+            losses.numel(),
+            n_cols,
+            ignore_index,
+            loss,
+            n_counted,
+            is_valid,
+            BLOCK_N=min(row.block_n, triton.next_power_of_2(max(losses.numel(), 1))),
+            num_warps=row.num_warps,
+            num_stages=row.num_stages,
+        )
+    message = f"a target is out of bounds: it is neither in [0, {n_cols}) nor {ignore_index}"
+    if launch.capability(losses.device):
+        torch._assert_async(is_valid, message)  # seen at the next synchronisation, at no cost until then
+    elif not is_valid:
+        raise IndexError(message)
+    return loss, n_counted
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@torch.library.custom_op("tritongpt::cross_entropy", mutates_args=())
+def _cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, inplace_backward: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, statistics, n_counted); `inplace_backward` decides which of the two ops below differentiates it."""
+    wide = {"dtype": _wide(logits.dtype), "device": logits.device}
+    losses, statistics = torch.empty(logits.shape[0], **wide), torch.empty((logits.shape[0], 3), **wide)
+    _launch(_cross_entropy_fwd_kernel, logits, targets, ignore_index, losses, statistics)
+    loss, n_counted = _mean(losses, targets, logits.shape[1], ignore_index)
+    return loss, statistics, n_counted
+
+
+def _empty_like_rows(logits: torch.Tensor) -> torch.Tensor:
+    """Padded if the rows of logits are, but to no more than Vp, a multiple of 128: they may be slices of wider ones."""
+    n_rows, n_cols = logits.shape
+    stride = min(max(logits.stride(0), n_cols), -(-n_cols // 128) * 128)
+    return torch.empty((n_rows, stride), dtype=logits.dtype, device=logits.device)[:, :n_cols]
+
+
+@torch.library.custom_op("tritongpt::cross_entropy_backward", mutates_args=())
+def _cross_entropy_backward(
+    dloss: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    statistics: torch.Tensor,
+    n_counted: torch.Tensor,
+) -> torch.Tensor:
+    dlogits = _empty_like_rows(logits)
+    _launch(
+        _cross_entropy_bwd_kernel,
+        logits,
+        targets,
+        ignore_index,
+        dlogits,
+        dlogits.stride(0),
+        statistics,
+        dloss,
+        n_counted,
+    )
+    return dlogits
+
+
+@torch.library.custom_op("tritongpt::cross_entropy_backward_", mutates_args=("logits",))
+def _cross_entropy_backward_(
+    dloss: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    statistics: torch.Tensor,
+    n_counted: torch.Tensor,
+) -> None:
+    """The gradient over the logits; autograd then refuses whatever else would read them."""
+    _launch(
+        _cross_entropy_bwd_kernel,
+        logits,
+        targets,
+        ignore_index,
+        logits,
+        logits.stride(0),
+        statistics,
+        dloss,
+        n_counted,
+    )
+
+
+@_cross_entropy.register_fake
+def _(logits, targets, ignore_index, inplace_backward):
+    loss, statistics, n_counted = (
+        logits.new_empty(shape, dtype=_wide(logits.dtype)) for shape in ((), (logits.shape[0], 3), ())
+    )
+    return loss, statistics, n_counted
+
+
+@_cross_entropy_backward.register_fake
+def _(dloss, logits, targets, ignore_index, statistics, n_counted):
+    return _empty_like_rows(logits)
+
+
+@_cross_entropy_backward_.register_fake
+def _(dloss, logits, targets, ignore_index, statistics, n_counted):
+    return None
+
+
+def _save(ctx, inputs, output):
+    logits, targets, ctx.ignore_index, ctx.inplace_backward = inputs
+    _, *saved = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(logits, targets, *saved)
+
+
+def _differentiate(ctx, dloss, *_):
+    if dloss is None:
+        return None, None, None, None
+    logits, targets, *saved = ctx.saved_tensors
+    if ctx.inplace_backward:
+        _cross_entropy_backward_(dloss, logits, targets, ctx.ignore_index, *saved)
+        return logits.detach(), None, None, None
+    return _cross_entropy_backward(dloss, logits, targets, ctx.ignore_index, *saved), None, None, None
+
+
+_cross_entropy.register_autograd(_differentiate, setup_context=_save)
+
+
+def _matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int = 0) -> None:
+    """out = beta·out + a·b, summed and written in out's dtype, which may be wider than theirs."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif launch.capability(out.device):
+        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
+    else:  # on a CPU torch's matmuls have one dtype
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
+def _padded(n_cols: int) -> int:
+    return -(-n_cols // ALIGNMENT) * ALIGNMENT
+
+
+def chunk_rows(n_rows: int, n_cols: int, width: int, itemsize: int, beside: int) -> int:
+    """How many rows of logits the tied head has in memory at a time.
+
+    Args:
+        n_rows: of all logits.
+        n_cols: V.
+        width: C.
+        itemsize: bytes of a logit.
+        beside: bytes that the head needs besides the chunk and the gradients.
+
+    Returns:
+        As many as PEAK_FRACTION and CHUNK_BUDGET allow, but at least C, or half of all: with fewer, the accumulation of
+        dweight moves more bytes (8·V·C) than the chunk. Where that is too many for PEAK_FRACTION, below about 16·C rows
+        of 16 bits, so is the copy of dweight that backward makes. A multiple of CHUNK_BLOCK, or all rows if they are
+        fewer.
+    """
+    budget = min(CHUNK_BUDGET, n_rows * n_cols * itemsize // PEAK_FRACTION - beside)
+    rows = max(budget // (_padded(n_cols) * itemsize), min(width, n_rows // 2), CHUNK_BLOCK)
+    return min(rows // CHUNK_BLOCK * CHUNK_BLOCK, n_rows)
+
+
+@torch.library.custom_op("tritongpt::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_dhidden: bool, needs_dweight: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, dhidden, dweight, n_counted); a gradient that is not needed is empty, the others lack
+    dloss/(n_counted·GRADIENT_SCALE)."""
+    (n_rows, width), n_cols = hidden.shape, weight.shape[0]
+    wide = {"dtype": _wide(hidden.dtype), "device": hidden.device}
+    losses = torch.empty(n_rows, **wide)
+    dhidden = torch.empty(hidden.shape if needs_dhidden else 0, **wide)
+    dweight = torch.zeros(weight.shape if needs_dweight else 0, **wide)
+    beside = losses.nbytes + max(dhidden.nbytes - hidden.nbytes, 0) + max(dweight.nbytes - weight.nbytes, 0)
+    if weight.dtype != hidden.dtype:
+        weight = weight.to(hidden.dtype)
+        beside += weight.nbytes
+    chunk = chunk_rows(n_rows, n_cols, width, hidden.element_size(), beside)
+    buffer = torch.empty((chunk, _padded(n_cols)), dtype=hidden.dtype, device=hidden.device)[:, :n_cols]
+    for start in range(0, n_rows, chunk or 1):
+        rows = slice(start, min(start + chunk, n_rows))
+        logits = buffer[: rows.stop - start]
+        _matmul(logits, hidden[rows], weight.t())
+        _launch(
+            _linear_cross_entropy_kernel,
+            logits,
+            targets[rows],
+            IGNORE_INDEX,
+            losses[rows],
+            GRADIENT_SCALE,
+            HAS_GRADIENT=needs_dhidden or needs_dweight,
+        )
+        if needs_dhidden:
+            _matmul(dhidden[rows], logits, weight)
+        if needs_dweight:
+            _matmul(dweight, logits.t(), hidden[rows], beta=1)
+    loss, n_counted = _mean(losses, targets, n_cols, IGNORE_INDEX)
+    return loss, dhidden, dweight, n_counted
+
+
+@torch.library.custom_op("tritongpt::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward(
+    dloss: torch.Tensor,
+    dhidden: torch.Tensor,
+    dweight: torch.Tensor,
+    n_counted: torch.Tensor,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients that forward made, as they are due; out of place, because backward may come again."""
+    scale = dloss / (n_counted * GRADIENT_SCALE)
+    dhidden = torch.mul(dhidden, scale, out=torch.empty_like(dhidden, dtype=hidden_dtype))
+    dweight = torch.mul(dweight, scale, out=torch.empty_like(dweight, dtype=weight_dtype))
+    return dhidden, dweight
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, targets, needs_dhidden, needs_dweight):
+    wide = _wide(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape if needs_dhidden else 0, dtype=wide),
+        hidden.new_empty(weight.shape if needs_dweight else 0, dtype=wide),
+        hidden.new_empty((), dtype=wide),
+    )
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(dloss, dhidden, dweight, n_counted, hidden_dtype, weight_dtype):
+    return torch.empty_like(dhidden, dtype=hidden_dtype), torch.empty_like(dweight, dtype=weight_dtype)
+
+
+def _save_linear(ctx, inputs, output):
+    hidden, weight, _, *ctx.needs = inputs
+    _, *saved = output
+    ctx.dtypes = hidden.dtype, weight.dtype
+    ctx.set_materialize_grads(False)  # else backward is handed zeros of dweight's size
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(*saved)
+
+
+def _differentiate_linear(ctx, dloss, *_):
+    if dloss is None:
+        return None, None, None, None, None
+    grads = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.dtypes)
+    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)), None, None, None
+
+
+_linear_cross_entropy.register_autograd(_differentiate_linear, setup_context=_save_linear)
+
+
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, ignore_index: int = IGNORE_INDEX, inplace_backward: bool = False
+) -> torch.Tensor:
+    """Mean cross-entropy over the targets that are not ignore_index.
+
+    Args:
+        logits: (..., V), fp32, fp16 or bf16 (fp64 for gradcheck). Rows may be padded: a slice `padded[..., :V]` is read
+            where it is. What lies beyond V is neither read nor written, in any direction.
+        targets: (...) integers, each ignore_index (not counted) or in [0, V).
+        ignore_index: a target that does not count.
+        inplace_backward: the caller gives the logits up: backward writes their gradient where they were. A second
+            backward, or another that needs them later, is then an error of autograd's.
+
+    Returns:
+        () loss in nats, fp32 whatever the logits are (fp64 for fp64), where torch's own rounds to 16 bits. NaN where no
+        target counts, and then the gradient is zero. The gradient has the dtype of the logits.
+
+    Raises:
+        ValueError: targets do not have the shape of the rows.
+        IndexError: a target is out of range. On a GPU, where asking would cost a synchronisation, a device-side assert.
+    """
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{tuple(logits.shape)} logits need {tuple(logits.shape[:-1])} targets, not {tuple(targets.shape)}"
+        )
+    rows = logits.reshape(-1, logits.shape[-1])
+    if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
+        rows = rows.contiguous()
+    return _cross_entropy(rows, targets.reshape(-1).contiguous(), ignore_index, inplace_backward)[0]
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The loss of the tied head, cross_entropy(hidden·weightᵀ, targets), without the whole of the logits.
+
+    Gradients are made together with the loss, of those of hidden and weight that need one while gradients are enabled;
+    nothing is made for a loss that nobody differentiates.
+
+    Args:
+        hidden: (..., C), fp32, fp16 or bf16 (fp64 for gradcheck).
+        weight: (V, C), of the same dtype. Under autocast both matter as autocast's dtype: weight is cast once, and its
+            gradient is in its own dtype, summed in fp32 over all rows and never rounded to 16 bits on the way.
+        targets: (...) integers, each −1 (not counted) or in [0, V).
+
+    Returns:
+        () loss in nats, fp32 (fp64 for fp64). NaN where no target counts, and then the gradients are zero.
+
+    Raises:
+        ValueError: shapes do not match, or dtypes without autocast.
+        IndexError: as `cross_entropy`.
+    """
+    if targets.shape != hidden.shape[:-1] or weight.shape[1:] != hidden.shape[-1:]:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden, weight, targets))
+        raise ValueError(f"shapes {shapes} are not (..., C), (V, C) and (...)")
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    elif hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; without autocast they must be the same")
+    needs_dhidden, needs_dweight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return _linear_cross_entropy(hidden, weight, targets.reshape(-1).contiguous(), needs_dhidden, needs_dweight)[0]
+
+
+def forward_cost(n_rows: int, n_cols: int, itemsize: int) -> Cost:
+    """Of `cross_entropy`: logits and targets are read; losses and statistics are written."""
+    return Cost(n_rows * (n_cols * itemsize + 8 + 4 * 4), 5 * n_rows * n_cols)
+
+
+def backward_cost(n_rows: int, n_cols: int, itemsize: int) -> Cost:
+    """Of `cross_entropy`: logits, targets and statistics are read, the gradient is written, in place or not."""
+    return Cost(n_rows * (2 * n_cols * itemsize + 8 + 3 * 4), 5 * n_rows * n_cols)
+
+
+def linear_forward_cost(n_rows: int, n_cols: int, width: int, itemsize: int, weight_itemsize: int) -> Cost:
+    """Of `linear_cross_entropy` with both gradients: hidden, weight and targets are read; losses and both gradients are
+    written in fp32. Nothing that the chunks of logits move is compulsory. FLOPs: three matmuls and the softmax."""
+    read = n_rows * (width * itemsize + 8) + n_cols * width * weight_itemsize
+    written = 4 * (n_rows + n_rows * width + n_cols * width)
+    return Cost(read + written, 6 * n_rows * n_cols * width + 10 * n_rows * n_cols)
+
+
+def linear_backward_cost(n_rows: int, n_cols: int, width: int, itemsize: int, weight_itemsize: int) -> Cost:
+    """Of `linear_cross_entropy`: both gradients are read in fp32 and written in the dtypes of hidden and weight."""
+    return Cost(width * (n_rows * (4 + itemsize) + n_cols * (4 + weight_itemsize)), width * (n_rows + n_cols))
