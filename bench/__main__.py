@@ -182,9 +182,13 @@ def _is_done(path: Path, **key: str) -> bool:
 def _show(rows: Iterable) -> None:
     from bench.tables import table
 
-    header = ["op", "direction", "peer", "shape", "dtype", "ms", "of the ceiling", "note"]
-    percent = {row: f"{row.percent:.0f}%" if row.percent is not None else "" for row in rows}
-    print(table(header, [(*row.key, row.p50, percent[row], row.note) for row in rows]), flush=True)
+    def line(row) -> tuple:
+        rate = 1e-9 / (1e-3 * row.p50) if row.p50 else None
+        percent = f"{row.percent:.0f}%" if row.percent is not None else ""
+        return *row.key, row.p50, rate and rate * row.bytes, rate and rate * row.flops / 1e3, percent, row.note
+
+    header = ["op", "direction", "peer", "shape", "dtype", "ms", "GB/s", "TFLOP/s", "of the ceiling", "note"]
+    print(table(header, map(line, rows)), flush=True)
 
 
 if __name__ == "__main__":

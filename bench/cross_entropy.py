@@ -66,7 +66,7 @@ BENCHMARKS = (
             Shape(
                 f"{n_rows}×{C}×{VOCABULARY}",
                 {"n_rows": n_rows, "n_cols": VOCABULARY, "width": C},
-                {"n_rows": 256, "n_cols": VOCABULARY, "width": C},
+                {"n_rows": 64, "n_cols": VOCABULARY, "width": C},
             )
             for n_rows in (65536, 8192)
             for C in (PRESETS[name].n_embd for name in ("d12", "d24", "d36", "d48"))

@@ -6,10 +6,8 @@ from pathlib import Path
 
 from bench import pictures
 from bench.results import OURS, PREDICTED, RESULTS, ROOT, Row, folder, is_stale, measured, read
-from bench.tables import table
-from common import BadInput, atomic_write
+from bench.tables import put_table, table
 
-BEGIN, END = "<!-- bench report: begin -->", "<!-- bench report: end -->"
 NOT_MEASURED = "not yet measured on a GPU"
 CHIP = "H100"
 """whose predictions stand where nothing is measured"""
@@ -59,20 +57,6 @@ def lines_of(predicted: Iterable[Row], rows: Iterable[Row]) -> list[tuple]:
 CEILINGS = ("copy", "matmul", "three matmuls")
 
 
-def write_table(text: str, readme: Path) -> None:
-    """Put a table between the two markers.
-
-    Raises:
-        BadInput: the file has no markers.
-    """
-    old = readme.read_text()
-    if BEGIN not in old or END not in old:
-        raise BadInput(f"{readme} has no lines {BEGIN} and {END}; put them where the table is to be")
-    before, after = old.partition(BEGIN)[0], old.partition(END)[2]
-    with atomic_write(readme) as file:
-        file.write(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
-
-
 def size_of(row: Row) -> int:
     """Place of a row on a picture's axis: T for attention, else the width that varies; of equal ones the first."""
     numbers = [int(number) for number in re.findall(r"\d+", row.shape)]
@@ -110,7 +94,7 @@ def main(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> int:
     rows = measured(results)
     predicted = read(results / PREDICTED.name / "roofline.csv")
     paths = draw(results)
-    write_table(table(HEADER, lines_of(predicted, rows), markdown=True), readme)
+    put_table(table(HEADER, lines_of(predicted, rows), markdown=True), readme)
     gpus = sorted({row.gpu for row in rows})
     print(f"{readme}: the table has {', '.join(gpus) if gpus else 'predictions alone: ' + NOT_MEASURED}")
     for path in paths:

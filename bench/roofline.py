@@ -17,10 +17,10 @@ from bench.attention import launch_flops
 from bench.chips import CHIPS, LAUNCH_SECONDS, Chip
 from bench.harness import Benchmark, Shape
 from bench.results import OURS, PREDICTED, RESULTS, Row, measured, write
-from bench.tables import table
-from kernels.ops import Ops
+from bench.tables import put_table, table
 from model.gpt import PRESETS
 
+NOTES = RESULTS / "NOTES.md"
 ROOFLINE_CHIPS = ("A100", "H100", "H200")
 
 PARTS = (
@@ -71,13 +71,11 @@ class Step(NamedTuple):
 def predict_step(
     preset: str,
     backend: str,
-    ops: Ops,
+    tracing: capture.Trace,
     chips: Iterable[str] = ROOFLINE_CHIPS,
     dtype: torch.dtype = torch.bfloat16,
-    **sizes: int,
 ) -> list[Step]:
-    """Trace one step, at 64×1024 unless sizes say otherwise, and predict it on each chip."""
-    tracing = step.trace_step(PRESETS[preset], ops, dtype=dtype, **sizes)
+    """Predict a step that was traced, on each chip."""
     steps = []
     for name in chips:
         parts = Counter({part: 0.0 for part, _ in PARTS})
@@ -126,19 +124,74 @@ def predict_op(benchmark: Benchmark, shape: Shape, dtype: torch.dtype = torch.bf
     return ops
 
 
-def predict() -> tuple[list[Op], list[Step]]:
-    """Every op at its first shape, and the step of every preset and backend."""
+def candidates(steps: Iterable[Step], traced: capture.Trace, chip: str = "H100") -> list[tuple]:
+    """What each way of making the step of d12 faster is worth, largest first.
+
+    Args:
+        steps: the predicted steps of d12 on that chip, by `launches.backends`.
+        traced: the step with our kernels.
+        chip: a name in CHIPS.
+
+    Returns:
+        (name, milliseconds in PyTorch without it, milliseconds now, milliseconds that are left to gain at most).
+    """
+    of = {s.backend: s for s in steps if (s.preset, s.chip) == ("d12", chip)}
+    eager, best, ours = (of[name] for name in ("eager", "torch's best", "triton"))
+
+    def ms(*patterns: str) -> float:
+        """Of our step: events whose names have any of these in them."""
+        events = [event for event in traced.events if any(pattern in event.name for pattern in patterns)]
+        return 1e3 * sum(seconds(event, CHIPS[chip], torch.bfloat16) for event in events)
+
+    def parts(s: Step, *names: str) -> float:
+        return 1e3 * sum(s.parts[name] for name in names)
+
+    products = parts(eager, "matmul") - parts(best, "matmul")
+    bias, clip = parts(ours, "bias gradients"), ms("_foreach_mul_", "_foreach_norm")
+    casts = parts(ours, "casts and copies")
+    # FlashAttention's backward makes five products of a tile, ours, which adds nothing up atomically, seven.
+    attention = parts(ours, "attention"), max(parts(ours, "attention") - parts(best, "attention"), 0.0)
+    launches = (1e3 * LAUNCH_SECONDS * s.launches for s in (best, ours))
+    rows = [
+        ("(a) casts, and additions in a pass of their own", parts(best, "casts and copies", "other"), casts, casts),
+        ("(b) attention by tiles", parts(eager, "attention") + products, *attention),
+        ("(c) bias gradients in a pass that reads dy already", parts(best, "bias gradients"), bias, bias),
+        ("(d) the head without the logits", parts(best, "loss"), parts(ours, "loss"), 0.0),
+        ("(e) launches: CUDA graphs or torch.compile", *launches, 1e3 * LAUNCH_SECONDS * ours.launches),
+        (
+            "(f) GELU in the epilogue of the matmul before it",
+            parts(best, "GELU"),
+            parts(ours, "GELU"),
+            ms("_gelu_fwd") / 2,
+        ),
+        ("(g) clip, AdamW and the bf16 copy in one pass", parts(best, "optimizer"), parts(ours, "optimizer"), clip),
+    ]
+    return sorted(rows, key=lambda row: row[1] - row[2] + row[3], reverse=True)
+
+
+class Prediction(NamedTuple):
+    """Everything that is predicted."""
+
+    ops: list[Op]
+    """each at its first shape"""
+    steps: list[Step]
+    """of every preset and backend"""
+    candidates: list[tuple]
+
+
+def predict() -> Prediction:
+    """Trace every op, and the step of every preset and backend."""
     from bench import launches
     from bench.suite import BENCHMARKS
 
     ops = [op for benchmark in BENCHMARKS for op in predict_op(benchmark, benchmark.shapes[0])]
-    steps = [
-        predicted
-        for preset in launches.MODELS
-        for name, table_of_ops in launches.backends().items()
-        for predicted in predict_step(preset, name, table_of_ops)
-    ]
-    return ops, steps
+    steps, of_d12 = [], {}
+    for preset in launches.MODELS:
+        for name, table_of_ops in launches.backends().items():
+            tracing = step.trace_step(PRESETS[preset], table_of_ops)
+            steps += predict_step(preset, name, tracing)
+            of_d12.setdefault(name, tracing)
+    return Prediction(ops, steps, candidates(steps, of_d12["triton"]))
 
 
 BOUND = "roofline"
@@ -176,6 +229,16 @@ def measured_beside(ops: Iterable[Op], results: Path = RESULTS) -> list[tuple]:
     return sorted(beside, key=lambda line: line[5] - line[4], reverse=True)
 
 
+def whole_steps(steps: Iterable[Step]) -> list[Op]:
+    """Our steps as if each was an op."""
+    of: dict[str, Op] = {}
+    for s in steps:
+        if s.backend == OURS:
+            op = Op("step", "both", f"{s.preset} 64×1024", s.bytes, 0, s.launches, {})
+            of.setdefault(s.preset, op).milliseconds[s.chip] = 1e3 * s.seconds
+    return list(of.values())
+
+
 def picture(ops: list[Op], steps: list[Step], path: Path) -> None:
     """The bound of every op, and of the step of d12 by part."""
     canvas, axes = pictures.figure(13, 7.5, 2)
@@ -202,7 +265,7 @@ def picture(ops: list[Op], steps: list[Step], path: Path) -> None:
 
 def main(save: bool = False) -> int:
     """Print predictions, and what was measured beside them."""
-    ops, steps = predict()
+    ops, steps, ranked = predict()
     print("bounds in milliseconds: each op at its first shape in bf16")
     header = ["op", "direction", "shape", "GB", "GFLOP", "launches", *ROOFLINE_CHIPS]
     print(
@@ -232,7 +295,10 @@ def main(save: bool = False) -> int:
             [(p, *(f"{1e3 * s.parts[p]:.2f} ({100 * s.parts[p] / s.seconds:.0f}%)" for s in shown)) for p, _ in PARTS],
         )
     )
-    beside = measured_beside(ops)
+    print("\nwhat each way to a faster step of d12 is worth on an H100, largest first: milliseconds")
+    header = ["candidate", "plain PyTorch", "now", "left to gain at most"]
+    print(table(header, ranked))
+    beside = measured_beside([*ops, *whole_steps(steps)])
     if beside:
         print("\nmeasured beside predicted, by what is lost")
         print(table(["op", "direction", "shape", "GPU", "bound, ms", "measured, ms", "times the bound"], beside))
@@ -241,4 +307,5 @@ def main(save: bool = False) -> int:
     if save:
         write(PREDICTED / "roofline.csv", rows_of(ops, steps))
         picture(ops, steps, PREDICTED / "roofline.png")
+        put_table(table(header, ranked, markdown=True), NOTES)
     return 0

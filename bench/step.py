@@ -204,6 +204,7 @@ def where_time_goes(
         profile.export_chrome_trace(str(chrome_trace))
     parts = Counter({part: 0.0 for part, _ in KERNEL_PARTS})
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        # What is merely annotated spans kernels that are counted by themselves.
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             parts[kernel_part(event.name)] += event.device_time_total / 1e3
     return dict(parts) | {"idle": max(milliseconds - sum(parts.values()), 0.0)}

@@ -310,15 +310,20 @@ def complaints(found: Iterable[Traffic]) -> list[str]:
 def picture(found: list[Traffic], path) -> None:
     """Asked over compulsory, and what is allowed, of what is limited."""
     limited = [r for r in found if math.isfinite(r.limit)]
-    canvas, (ax,) = pictures.figure(9, 1.2 + 0.42 * len(limited))
-    names = [f"{r.op} {r.direction}, {r.shape}{', extrapolated' * (r.how != 'counted')}" for r in limited]
-    pictures.grouped_bars(ax, names, {"asked for": [r.ratio for r in limited]}, "{:.3f}")
-    ax.plot([r.limit for r in limited], range(len(limited)), "|", color="black", markersize=16, label="allowed")
+    canvas, (ax,) = pictures.figure(10, 1.4 + 0.36 * len(limited))
+    names = [f"{r.op} {r.direction}, {r.shape.replace('_kernel', '')}" for r in limited]
+    places = range(len(limited))
+    ax.barh(places, [r.limit - 1 for r in limited], left=1.0, height=0.5, color="#e2e8f0", label="allowed")
+    style = {"color": pictures.OUR_COLOUR, "markersize": 5, "clip_on": False}
+    ax.plot([r.ratio for r in limited], places, "o", label="asked for", **style)
+    for place, r in zip(places, limited, strict=True):
+        ax.text(max(r.ratio, r.limit) + 0.008, place, f"{r.ratio:.4f}", va="center", fontsize=8)
+    ax.set_yticks(places, names, fontsize=8)
     ax.axvline(1.0, color="grey", linewidth=0.8)
-    ax.set_xlim(0, 1.1 * max(r.limit for r in limited))
-    ax.set_title(
-        "What a kernel asks for, over what is compulsory: bytes, and of attention products of tiles", fontsize=10
-    )
+    title = "what is asked for, over the compulsory bytes (attention: products, over those of the causal half)"
+    ax.set_title(title, fontsize=10)
+    ax.margins(x=0.1)
+    pictures.top_first(ax)
     pictures.legend(canvas, ax)
     pictures.save(canvas, path)
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from bench import launches, roofline
+from bench import launches, roofline, step
 from bench.chips import CHIPS, LAUNCH_SECONDS, occupancy
 from bench.suite import BENCHMARKS
 from kernels.cost import Cost
+from model.gpt import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +104,8 @@ def test_traced_bytes_are_those_of_the_formula(op):
 
 
 def test_the_step_is_the_sum_of_its_parts():
-    ops = launches.backends()["triton"]
-    h100, h200 = roofline.predict_step("d12", "triton", ops, ("H100", "H200"))
+    tracing = step.trace_step(PRESETS["d12"], launches.backends()["triton"])
+    h100, h200 = roofline.predict_step("d12", "triton", tracing, ("H100", "H200"))
     assert h100.seconds == pytest.approx(sum(h100.parts.values()))
     assert h100.launches == h200.launches and h100.bytes == h200.bytes
     assert h200.seconds < h100.seconds
@@ -143,3 +144,13 @@ def test_measured_stands_beside_predicted(tmp_path):
 )
 def test_occupancy_is_that_of_the_calculator(registers, shared, n_warps, expected):
     assert occupancy(CHIPS["H100"], registers, shared, n_warps) == expected
+
+
+def test_candidates_are_ranked_by_what_they_are_worth():
+    traces = {name: step.trace_step(PRESETS["d12"], ops) for name, ops in launches.backends().items()}
+    steps = [s for name, tracing in traces.items() for s in roofline.predict_step("d12", name, tracing)]
+    ranked = roofline.candidates(steps, traces["triton"])
+    assert sorted(name[:3] for name, *_ in ranked) == ["(a)", "(b)", "(c)", "(d)", "(e)", "(f)", "(g)"]
+    worth = [plain - now + left for _, plain, now, left in ranked]
+    assert worth == sorted(worth, reverse=True)
+    assert all(0 <= left <= now for _, _, now, left in ranked)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import pictures, report
+from bench import pictures, report, tables
 from bench.results import Row, write
 from common import BadInput
 
@@ -11,7 +11,7 @@ from common import BadInput
 def folders(tmp_path, monkeypatch):
     """A README with markers, and predictions for one op."""
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Top\n\n{report.BEGIN}\nold\n{report.END}\n\nrest\n")
+    readme.write_text(f"# Top\n\n{tables.BEGIN}\nold\n{tables.END}\n\nrest\n")
     bound = Row("gelu", "forward", "roofline", "65536×3072", "bfloat16", p50=0.242, gpu="H100", note="predicted")
     others = [bound.with_(gpu="A100", p50=0.4), bound.with_(op="step part", direction="matmul", p50=50.0)]
     steps = [bound.with_(op="step", direction="both", peer=peer, shape="d12 64×1024") for peer in ("eager", "triton")]

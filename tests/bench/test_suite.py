@@ -1,0 +1,45 @@
+"""Every op's benchmark runs as it is, on the CPU at a small size."""
+
+import pytest
+import torch
+
+from bench import __main__ as cli
+from bench import harness, peers
+from bench.harness import Shape
+from bench.suite import BENCHMARKS
+from kernels.ops import Ops
+
+SMALL = {"n_rows": 4, "n_cols": 48, "width": 16, "B": 2, "T": 17, "H": 2, "D": 16, "C": 48}
+
+
+def test_every_op_of_the_table_is_timed():
+    assert {b.op for b in BENCHMARKS} == set(Ops._fields)
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=[b.op for b in BENCHMARKS])
+def test_every_peer_is_right_and_timed(benchmark, device, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "ROUNDS", (1, 1))
+    monkeypatch.setattr(harness, "WARM_UP", 1)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    sdpa = ["sdpa-math"]  # the others are CUDA's
+    monkeypatch.setattr(peers, "SDPA", {name: peers.SDPA[name] for name in sdpa})
+    for shape in benchmark.shapes:
+        assert set(shape.small) == set(shape.sizes)
+        assert all(shape.small[k] <= v for k, v in shape.sizes.items())
+    sizes = {name: SMALL[name] for name in benchmark.shapes[0].sizes}
+    rows = harness.measure(benchmark, Shape("small", sizes, sizes), torch.bfloat16, device, seconds=0.001)
+    assert [row.note for row in rows if row.note] == []
+    assert all(row.p50 and row.percent for row in rows)
+    expected = {"triton", "eager", "compile", "compile max-autotune", benchmark.ceiling}
+    assert {row.peer for row in rows} >= (expected | set(sdpa) if benchmark.op == "attention" else expected)
+    assert {row.direction for row in rows} == {"forward", "backward", "both"}
+    cli._show(rows)
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
+
+
+def test_shapes_are_those_of_the_presets():
+    shapes = {b.op: {shape.name for shape in b.shapes} for b in BENCHMARKS}
+    assert {f"65536×{C}" for C in (768, 1024, 1280, 1600)} <= shapes["layer_norm"]
+    assert {f"65536×{4 * C}" for C in (768, 1024, 1280, 1600)} <= shapes["gelu"]
+    assert {f"{65536 // T}×{T}×{768 // D}×{D}" for T in (512, 1024, 16384) for D in (64, 128)} <= shapes["attention"]
+    assert "65536×1600×50257" in shapes["linear_cross_entropy"]
