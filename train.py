@@ -28,8 +28,8 @@ from training import checkpoint, distributed, optim
 from training.check import check
 from training.checkpoint import Checkpoints, TrainState
 from training.config import Config, parse
-from training.distributed import StopRequest, World
-from training.faults import RunStopped, UpdateGuard, Watchdog, compare_ranks
+from training.distributed import RunStopped, StopRequest, World
+from training.faults import UpdateGuard, Watchdog, compare_ranks
 from training.flops import flops_per_token, peak_flops
 from training.log import RunLog, peak_memory_mib
 
@@ -45,17 +45,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (None: this process's own) and return the exit status."""
     with exit_on_bad_input("train.py"):
         config = parse(argv)
-        world = distributed.start(config.device, config.zero_stage, config.timeout_s)
-        watchdog = Watchdog(world)
-        with watchdog.watching():
-            try:
+        try:
+            world = distributed.start(config.device, config.zero_stage, config.timeout_s)
+            watchdog = Watchdog(world)
+            with watchdog.watching():
                 status = run(config, world, watchdog)
-            except RunStopped as stopped:
-                if world.is_main:  # every rank has the same to say
-                    print(f"train.py: {stopped}", file=sys.stderr, flush=True)
-                status = STOPPED
-        distributed.stop(world)
-        return status
+            distributed.stop(world)
+            return status
+        except RunStopped as stopped:
+            print(f"train.py: {stopped}", file=sys.stderr, flush=True)
+            return STOPPED
 
 
 def run(config: Config, world: World, watchdog: Watchdog) -> int:
@@ -106,9 +105,12 @@ def run(config: Config, world: World, watchdog: Watchdog) -> int:
 
     try:
         status = train(config, world, state, model, network, val_loader, log, checkpoints, watchdog, stop)
+    except BadInput as error:
+        checkpoints.wait()
+        raise BadInput(f"step {state.step + 1}: {error}") from error
     except RunStopped as stopped:
         checkpoints.wait()
-        raise RunStopped(f"{stopped}; {checkpoints.newest()}") from None
+        raise RunStopped(f"{stopped}; {checkpoints.newest()}") from stopped
 
     watchdog.at(state.step, "writing the weights")
     checkpoints.wait()
@@ -215,7 +217,7 @@ def train(
         say(world, step_line(metrics, config.num_iterations))
         if is_due(config.check_ranks_every, state.step, last_step=False):
             watchdog.at(step, "comparing the ranks")
-            compare_ranks(world, state.params, {"the loader's position": train_loader.state_dict()})
+            compare_ranks(world, state.step, state.params, {"the loader's position": train_loader.state_dict()})
         ends = interrupted or preempted or state.step == config.num_iterations
         if checkpoints.folder and (is_due(config.checkpoint_every, state.step, ends) or preempted):
             watchdog.at(step, "saving")

@@ -64,13 +64,14 @@ class TrainState:
     step: int = 0
     """updates done or skipped"""
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """The weights and AdamW's state of this rank, under names that no stage and no number of ranks changes."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.params.items()}
         names = {p: name for name, p in self.params.items()}
-        for p, state in optim.local_state(self.optimizer).items():
-            tensors |= {f"optimizer.{names[p]}.{kind}": value for kind, value in state.items()}
-        return tensors
+        adam = optim.local_state(self.optimizer)
+        return {
+            "model": {name: p.detach() for name, p in self.params.items()},
+            "optimizer": {f"{names[p]}.{kind}": value for p in adam for kind, value in adam[p].items()},
+        }
 
     def record(self) -> dict[str, Any]:
         """All the rest, as JSON has it. It is the same on every rank."""
@@ -196,19 +197,20 @@ class Checkpoints:
         )
         state.load_record(read_record(folder))
 
-    def _share(self, state: TrainState) -> dict[str, torch.Tensor]:
+    def _share(self, state: TrainState) -> dict[str, dict[str, torch.Tensor]]:
         """What this rank writes: its shards, what it alone has, and its part of what all ranks have alike."""
-        mine, alike = {}, {}
-        for name, tensor in state.tensors().items():
-            owned = isinstance(tensor, DTensor) or (name.startswith("optimizer.") and _is_zero_1(state.optimizer))
-            (mine if owned else alike)[name] = tensor
-        sizes = [0] * self.world.size
-        for name, tensor in sorted(alike.items(), key=lambda item: (-item[1].nbytes, item[0])):
-            rank = sizes.index(min(sizes))
-            sizes[rank] += tensor.nbytes
-            if rank == self.world.rank:
-                mine[name] = tensor
-        return mine
+        shares, sizes = {}, [0] * self.world.size
+        for part, tensors in state.tensors().items():
+            shares[part] = {}
+            alone = part == "optimizer" and optim.is_zero_1(state.optimizer)
+            for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+                owner = self.world.rank
+                if not alone and not isinstance(tensor, DTensor):
+                    owner = sizes.index(min(sizes))
+                    sizes[owner] += tensor.nbytes
+                if owner == self.world.rank:
+                    shares[part][name] = tensor
+        return shares
 
     def _prune(self) -> None:
         """Delete the checkpoints that are not kept. A newer one is on disk."""
@@ -228,7 +230,13 @@ class _Writer(dcp.FileSystemWriter):
         self.folder, self.record, self.prune = folder, record, prune
 
     def write_data(self, plan: Any, planner: Any) -> torch.futures.Future:
-        results = super().write_data(plan, planner).wait()
+        try:
+            results = super().write_data(plan, planner).wait()
+        except RuntimeError as error:  # torch.save hides what the operating system said
+            link: BaseException | None = error
+            while link and not isinstance(link, OSError):
+                link = link.__context__
+            raise (link or error) from None
         names = {result.storage_data.relative_path for result in results}
         sums = {name: _sha256(Path(self.path) / name) for name in names}
         future: torch.futures.Future = torch.futures.Future()
@@ -380,10 +388,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
-def _is_zero_1(optimizer: torch.optim.Optimizer) -> bool:
-    return isinstance(optimizer, optim.ZeroRedundancyOptimizer)
-
-
 def _part(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.part")
 
@@ -418,12 +422,8 @@ def _sha256(path: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said, out of what torch.distributed.checkpoint wraps around it."""
-    failures = error.failures.items() if isinstance(error, CheckpointException) else [(0, (error, None))]
-    rank, (cause, _) = next(iter(failures))
-    link: BaseException | None = cause
-    while link and not isinstance(link, OSError):
-        link = link.__cause__ or link.__context__
-    cause = link or cause
-    text = f"{cause.strerror}: {cause.filename}" if isinstance(cause, OSError) and cause.filename else str(cause)
-    return f"rank {rank}: {' '.join(text.split())}"
+    """What went wrong first, on which rank, out of what torch.distributed.checkpoint wraps around it."""
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {' '.join(str(cause).split())}"

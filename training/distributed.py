@@ -27,6 +27,10 @@ TIMEOUT_S = 600
 T = TypeVar("T")
 
 
+class RunStopped(Exception):
+    """A run that cannot go on. The message is one line that says where and why, and what is left."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among the ranks of the run."""
@@ -61,6 +65,7 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
 
     Raises:
         BadInput: no such device here, or a ZeRO stage outside torchrun.
+        RunStopped: a rank did not start in time.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind, _, index = device.partition(":")
@@ -89,19 +94,26 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
     chosen = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(chosen)
+    restarts, max_restarts = (int(os.environ.get(f"TORCHELASTIC_{n}", "0")) for n in ("RESTART_COUNT", "MAX_RESTARTS"))
     store = None
     if distributed:
         timeout = timedelta(seconds=timeout_s)
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        dist.init_process_group(
-            "nccl" if kind == "cuda" else "gloo",
-            store=dist.PrefixStore("group", store),
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
-            device_id=chosen if kind == "cuda" else None,
-        )
-    restarts, max_restarts = (int(os.environ.get(f"TORCHELASTIC_{n}", "0")) for n in ("RESTART_COUNT", "MAX_RESTARTS"))
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            # The store of torchrun outlives the ranks, and with it what those before a restart wrote.
+            store = dist.PrefixStore(f"attempt_{restarts}", store)
+            dist.init_process_group(
+                "nccl" if kind == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
+                device_id=chosen if kind == "cuda" else None,
+            )
+        except RuntimeError as error:
+            raise RunStopped(
+                f"rank {rank} waited for all {size} ranks to start, and not all came: {' '.join(str(error).split())}"
+            ) from error
     return World(rank, local_rank, size, chosen, distributed, store, timeout_s, restarts, max_restarts)
 
 
@@ -173,7 +185,8 @@ def spread(gpt: GPT, world: World, zero_stage: int, dtype: str, compile: bool) -
     if not world.distributed:
         return network, network
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=device_ids), network
+    # Gradients live in the buckets that are reduced, and not in a copy beside them.
+    return DistributedDataParallel(network, device_ids=device_ids, gradient_as_bucket_view=True), network
 
 
 def shard(gpt: GPT, zero_stage: int, dtype: str, compile: bool) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from training import distributed
-from training.distributed import World
+from training.distributed import RunStopped, World
 
 WINDOW = 128
 """values that an outlier is measured against, as in llm.c"""
@@ -26,10 +26,6 @@ loss scale"""
 PULSE_S = 1.0
 SILENCE_S = 3.5
 """a rank that did not write its pulse for so long is taken for dead"""
-
-
-class RunStopped(Exception):
-    """A run that cannot go on. The message is one line that says where and why, and what is left."""
 
 
 class UpdateGuard:
@@ -106,11 +102,12 @@ def _z_score(window: collections.deque) -> float:
     return (window[-1] - statistics.fmean(window)) / deviation if deviation else 0.0
 
 
-def compare_ranks(world: World, params: Mapping[str, torch.Tensor], facts: Mapping[str, object]) -> None:
+def compare_ranks(world: World, step: int, params: Mapping[str, torch.Tensor], facts: Mapping[str, object]) -> None:
     """Hold the ranks' weights against each other, and whatever else has to be the same on all of them.
 
     Args:
         world: the ranks; each takes part.
+        step: updates done, for the message.
         params: weights by name; sharded ones are compared as each rank puts them together.
         facts: by name, with a text that is the same wherever the thing is.
 
@@ -128,19 +125,13 @@ def compare_ranks(world: World, params: Mapping[str, torch.Tensor], facts: Mappi
         differing = [name for i, name in enumerate(names) if all_digests[odd[0]][i] != common[i]]
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         others = next(rank for rank in range(world.size) if rank not in odd)
-        raise RunStopped(
-            f"the ranks disagree: {_ranks(odd)} {'differs' if len(odd) == 1 else 'differ'} from rank {others} in "
-            f"{differing[0]}{more}"
-        )
+        differ = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {', '.join(map(str, odd))} differ"
+        raise RunStopped(f"after step {step} the ranks disagree: {differ} from rank {others} in {differing[0]}{more}")
 
 
 def _digest(tensor: torch.Tensor) -> str:
     values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return hashlib.sha256(values.numpy().data).hexdigest()
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
 class Watchdog:
@@ -182,7 +173,10 @@ class Watchdog:
                 raise
             print(self._explain(error), file=sys.stderr, flush=True)
             self._ended = True
-            self._write()
+            with contextlib.suppress(RuntimeError):  # the store may be gone too
+                self._write()
+            if self.world.is_main:  # it may hold the store, in which the others are still reading
+                time.sleep(SILENCE_S)
             sys.stdout.flush()
             os._exit(1)  # threads that wait for the others would keep the process
         finally:

@@ -57,13 +57,18 @@ def build(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, **options)
 
 
+def is_zero_1(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether each rank has the state of its part of the parameters alone."""
+    return isinstance(optimizer, ZeroRedundancyOptimizer)
+
+
 def local_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
     """AdamW's state of the parameters that this rank updates: step, exp_avg and exp_avg_sq of each.
 
     AdamW makes it at its first update; what is not there yet is made here in the same way, so that it can be saved
     before, and be loaded into. ZeroRedundancyOptimizer's own state_dict would gather the state of all ranks on one.
     """
-    local = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    local = optimizer.optim if is_zero_1(optimizer) else optimizer
     for group in local.param_groups:
         for p in group["params"]:
             if p not in local.state:

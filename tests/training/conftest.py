@@ -1,6 +1,7 @@
 """Runs of the tiny network on gloo ranks."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def start_ranks(tiny, tmp_path):
         arguments = command_line(tiny | {f"--{name}": value for name, value in given.items()})
         processes = ranks.start(n_ranks, arguments, tmp_path / f"screen{number}", before, options)
         started.append(processes)
-        return processes, Run(given["output_dir"], "")
+        return processes, Run(Path(given["output_dir"]), "")
 
     yield start
     for processes in started:

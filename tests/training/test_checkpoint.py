@@ -1,0 +1,435 @@
+"""Checkpoints: what is resumed is the run that was never cut; what is not whole is refused by name."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from common import BadInput
+from data.loader import ShardLoader
+from data.shards import open_shard
+from tests.conftest import command_line
+from tests.training.conftest import same_weights, weights_of
+from training import checkpoint, distributed
+from training.log import RunLog
+
+STRIDE = 8
+FLAGS = {
+    "num_iterations": 20,
+    "batch_size": STRIDE,
+    "total_batch_size": 2 * STRIDE * 16,
+    "val_loss_every": 6,
+    "val_max_steps": 2,
+    "shuffle": 1,
+    "weight_decay": 0.1,
+    "warmup_iters": 5,
+    "learning_rate_decay_frac": 0.1,
+}
+
+
+def steps_there(run) -> list[int]:
+    return [checkpoint.step_of(folder) for folder in checkpoint.find(run.output_dir / checkpoint.FOLDER)]
+
+
+def without_times(run) -> list[dict]:
+    changing = ("ms", "tok_per_s", "mfu", "memory_mib")
+    return [{key: value for key, value in line.items() if key not in changing} for line in run.metrics]
+
+
+def test_cut_after_any_step_in_one_process(run_tiny):
+    whole = run_tiny(**FLAGS, checkpoint_every=1, keep=20)
+    assert steps_there(whole) == list(range(20, 0, -1))
+    for step in range(1, 20):
+        cut = run_tiny(**FLAGS, resume=whole.output_dir / "checkpoints" / f"step_{step}", output_dir=f"{step}_later")
+        try:
+            assert without_times(cut) == without_times(whole)[step:]
+            assert cut.log == [line for line in whole.log if int(re.match(r"s:(\d+)", line)[1]) >= step]
+            assert same_weights(cut, whole)
+        finally:
+            shutil.rmtree(cut.output_dir)
+
+
+def die_after(rank: int, step: int) -> None:
+    """kill -9 to all ranks between two steps, when the checkpoint of the last is under way."""
+    train_line = RunLog.train
+
+    def record_and_die(self, metrics):
+        train_line(self, metrics)
+        if metrics["step"] == step:
+            time.sleep(0.3 * rank)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunLog.train = record_and_die
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_cut_and_resumed_on_two_ranks(start_ranks, run_ranks, zero_stage):
+    """Killed after steps of which the checkpoint may or may not be whole, and resumed by `auto`, twice."""
+    flags = FLAGS | {"batch_size": STRIDE // 2, "zero_stage": zero_stage, "checkpoint_every": 2, "num_iterations": 12}
+    whole = run_ranks(2, **flags)
+    for at in (4, 9):
+        processes, cut = start_ranks(2, die_after, (at,), **flags, resume="auto", output_dir=f"{whole.output_dir}_cut")
+        assert -signal.SIGKILL in processes.wait()
+    cut.output_dir = Path(cut.output_dir)
+    newest = steps_there(cut)[0]  # 8, or 6 where the kill came before the last save was whole
+    cut = run_ranks(2, **flags, resume="auto", output_dir=cut.output_dir)
+    assert newest in (6, 8) and f"step_{newest}: {newest} of 12 steps are done" in cut.screen
+    assert cut.losses == whole.losses
+    assert without_times(cut) == without_times(whole) and cut.log == whole.log
+    assert same_weights(cut, whole)
+
+
+def test_saved_on_two_ranks_at_stage_1_and_resumed_elsewhere(run_ranks):
+    whole = run_ranks(2, **(FLAGS | {"batch_size": STRIDE // 2, "zero_stage": 1, "checkpoint_every": 8}))
+    for ranks, zero_stage in ((0, 0), (1, 1), (4, 1), (4, 3), (2, 2)):
+        flags = FLAGS | {"batch_size": STRIDE // max(1, ranks), "zero_stage": zero_stage}
+        run = run_ranks(ranks, **flags, resume=whole.output_dir / "checkpoints" / "step_16")
+        assert run.losses == pytest.approx(whole.losses[16:], rel=1e-6)
+        for name, weight in weights_of(whole).items():
+            if not name.endswith("c_attn.bias"):  # rounding noise moves the keys' bias, see test_distributed.py
+                off = (weights_of(run)[name] - weight).abs().max() / weight.abs().max()
+                assert off < 1e-6 * 20, f"{ranks} ranks, stage {zero_stage}: {name} is off by {off:.1e}"
+
+
+def test_state_holds_every_generator_scale_and_window(run_tiny):
+    """A run that draws random numbers at each step, in float16, with outliers: nothing of it may start over."""
+    flags = FLAGS | {"dtype": "float16", "skip_loss_z": 3, "skip_norm_z": 3, "num_iterations": 6}
+    run = run_tiny(**flags, checkpoint_every=3)
+    state = json.loads((run.output_dir / "checkpoints" / "step_3" / "state.json").read_text())
+    assert state["step"] == 3 and state["loader"]["sequence"] == 3 * 2 * STRIDE
+    assert [len(window) for window in state["guard"]["windows"].values()] == [3, 3]
+    assert state["guard"]["windows"]["loss"] == run.losses[:3]
+    assert state["scaler"]["scale"] == 65536
+    assert state["versions"]["torch"] == torch.__version__ and state["network"]["n_embd"] == 32
+
+    import random
+
+    generators = (lambda: torch.rand(1).item(), random.random, np.random.rand)
+    train_state = checkpoint.TrainState.__new__(checkpoint.TrainState)
+    for name in ("loader", "guard", "scaler"):
+        setattr(train_state, name, type("", (), {"state_dict": lambda self: {}, "is_enabled": lambda self: False})())
+    train_state.guard.load_state_dict = lambda state: None
+    train_state.device, train_state.step = torch.device("cpu"), 1
+    record = json.loads(json.dumps(train_state.record()))
+    drawn = [draw() for draw in generators]
+    assert drawn != [draw() for draw in generators]
+    train_state.load_record(record)
+    assert drawn == [draw() for draw in generators]
+
+
+def test_newest_are_kept_and_multiples(run_tiny):
+    assert steps_there(run_tiny(**FLAGS, checkpoint_every=2)) == [20, 18]
+    assert steps_there(run_tiny(**FLAGS, checkpoint_every=2, keep=1, keep_every=8)) == [20, 16, 8]
+    assert steps_there(run_tiny(**FLAGS, checkpoint_every=7, keep=9)) == [20, 14, 7]
+
+
+def spoil(folder: Path, how: str) -> str:
+    """Damage a checkpoint; what is said of it."""
+    file = folder / ("state.json" if how == "state" else "__0_0.distcp")
+    content = file.read_bytes()
+    if how == "truncated":
+        file.write_bytes(content[:-1])
+    elif how in ("flipped", "state"):
+        file.write_bytes(content[:99] + bytes([content[99] ^ 1]) + content[100:])
+    elif how == "missing":
+        file.unlink()
+    elif how == "added":
+        file = folder / "notes"
+        file.write_text("mine")
+    else:
+        file = folder / "SHA256SUMS"
+        file.write_bytes(file.read_bytes()[:70] if how == "sums cut" else b"\xff")
+    return str(folder.name if how == "sums cut" else f"{folder.name}/{file.name}")
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "state", "missing", "added", "sums cut", "sums broken"])
+def test_damaged_checkpoint_is_refused_by_name_and_auto_takes_the_one_before(run_tiny, tiny, capsys, how):
+    whole = run_tiny(**FLAGS, checkpoint_every=10)
+    newest, before = (whole.output_dir / "checkpoints" / f"step_{step}" for step in (20, 10))
+    name = spoil(newest, how)
+    for path in (newest, f"{newest}/"):
+        with pytest.raises(SystemExit) as stopped:
+            run_tiny(**FLAGS, resume=path)
+        errors = capsys.readouterr().err
+        assert stopped.value.code == 2 and name in errors and errors.count("\n") == 1
+    losses = whole.losses
+    again = run_tiny(**FLAGS, resume="auto", output_dir=whole.output_dir)
+    assert "refused step_20: " in again.screen and name in again.screen
+    assert f"resumed from {before}" in again.screen
+    assert again.losses == losses
+    assert newest.with_name("step_20.aside").is_dir()
+
+    spoil(before, "flipped")
+    with pytest.raises(SystemExit) as stopped:
+        run_tiny(**FLAGS, resume="auto", output_dir=whole.output_dir)
+    assert stopped.value.code == 2 and "none of the 1 checkpoints" in capsys.readouterr().err
+
+
+def test_run_of_another_configuration_is_refused_field_by_field(run_tiny, capsys):
+    whole = run_tiny(**FLAGS, checkpoint_every=10)
+    other = FLAGS | {"learning_rate": 1e-3, "num_iterations": 30, "total_batch_size": 4 * STRIDE * 16}
+    with pytest.raises(SystemExit) as stopped:
+        run_tiny(**other, resume=whole.output_dir, output_dir="nowhere")
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and not Path("nowhere").exists()
+    for difference in (
+        "flags learning_rate was 0.003 and is 0.001",
+        "flags num_iterations was 20 and is 30",
+        "flags total_batch_size was 256 and is 512",
+    ):
+        assert difference in line
+    assert "warmup_iters" not in line
+    run = run_tiny(**other, resume=whole.output_dir, resume_override=1)
+    assert [line["step"] for line in run.metrics] == list(range(20, 30))
+
+
+def test_other_shards_are_refused_or_read_from_the_beginning(run_tiny, tiny, capsys):
+    whole = run_tiny(**FLAGS, checkpoint_every=10)
+    with pytest.raises(SystemExit):
+        run_tiny(**FLAGS, resume=whole.output_dir, input_bin=tiny["--input_val_bin"])
+    assert "the saved position is of 2 shards" in capsys.readouterr().err
+    run = run_tiny(**FLAGS, resume=whole.output_dir, input_bin=tiny["--input_val_bin"], resume_override=1)
+    assert "reading the data from the beginning" in run.screen
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"resume": "nowhere"}, "--resume nowhere: no checkpoint there"),
+        ({"resume": "auto", "output_dir": ""}, "--resume auto needs an --output_dir"),
+        ({"resume": ""}, '--resume is ""'),
+        ({"checkpoint_every": 2, "output_dir": ""}, "--checkpoint_every has nowhere to write to"),
+        ({"checkpoint_every": 2, "inference_only": 1}, "--checkpoint_every has nothing to save"),
+        ({"resume": "auto", "inference_only": 1}, "--resume goes on with a training run"),
+        ({"keep": 0}, "--keep is 0"),
+        ({"timeout_s": 0}, "--timeout_s is 0"),
+        ({"skip_loss_z": -1}, "--skip_loss_z is -1"),
+    ],
+)
+def test_bad_flags(tiny, tmp_path, capsys, flags, told):
+    given = {"--output_dir": tmp_path / "run"} | {f"--{name}": value for name, value in flags.items()}
+    with pytest.raises(SystemExit) as stopped:
+        train.main(command_line(tiny | given))
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_begins_a_run_and_goes_on_with_one_that_had_no_checkpoint(run_tiny, tmp_path, capsys):
+    first = run_tiny(**FLAGS, resume="auto", checkpoint_every=50)
+    shutil.rmtree(first.output_dir / "checkpoints")
+    again = run_tiny(**FLAGS, resume="auto", output_dir=first.output_dir)
+    assert [line["step"] for line in again.metrics] == list(range(20))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine").write_text("mine")
+    with pytest.raises(SystemExit):
+        run_tiny(**FLAGS, resume="auto", output_dir=tmp_path / "notes")
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_training_goes_on_while_one_save_is_under_way(run_tiny, monkeypatch):
+    """Writing takes as long as four steps: it is waited for at the next save and at the end, and not between."""
+    write, rename = checkpoint._Writer.write_data, os.rename
+    events, threads = [], set()
+
+    def slow_write(self, plan, planner):
+        threads.add(threading.current_thread() is threading.main_thread())
+        events.append(("begun", checkpoint.step_of(self.folder)))
+        time.sleep(0.4)
+        return write(self, plan, planner)
+
+    def noted_rename(source, target):
+        rename(source, target)
+        if Path(target).name.startswith("step_"):
+            events.append(("whole", checkpoint.step_of(Path(target))))
+
+    train_line = RunLog.train
+
+    def slow_line(self, metrics):
+        train_line(self, metrics)
+        events.append(("step", metrics["step"] + 1))
+        time.sleep(0.1)
+
+    monkeypatch.setattr(checkpoint._Writer, "write_data", slow_write)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    monkeypatch.setattr(RunLog, "train", slow_line)
+    run = run_tiny(**(FLAGS | {"num_iterations": 8, "val_loss_every": 0}), checkpoint_every=6)
+    assert threads == {False} and steps_there(run) == [8, 6]
+    order = [event for event in events if event[0] != "begun" or event[1]]
+    assert order.index(("begun", 6)) < order.index(("step", 7)) < order.index(("whole", 6))
+    assert order.index(("whole", 6)) < order.index(("begun", 8)) < order.index(("whole", 8))
+    assert weights_at(run, 8).keys() and all(torch.equal(weights_at(run, 8)[n], w) for n, w in weights_of(run).items())
+
+
+def weights_at(run, step: int) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint, read by nothing but torch."""
+    folder = run.output_dir / "checkpoints" / f"step_{step}"
+    tensors = {name: torch.full_like(w, torch.nan).detach() for name, w in weights_of(run).items()}
+    torch.distributed.checkpoint.load({"model": tensors}, checkpoint_id=folder, no_dist=True)
+    return tensors
+
+
+def obstruct(rank: int, how: str) -> None:
+    """Let the save of step 4 fail: no file may be larger than 20,000 bytes, or the folder may not be written to."""
+    save, wait, mkdir = checkpoint.Checkpoints.save, checkpoint.Checkpoints.wait, Path.mkdir
+    no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_in_a_small_space(self, state):
+        if how == "full" and state.step == 4 and rank == 1:
+            self.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, no_limit[1]))
+        save(self, state)
+        if state.step == 4:
+            wait(self)
+            resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+
+    def refuse(self, *args, **kwargs):
+        if how == "permission" and self.name == ".step_4.part" and rank == 0:
+            raise PermissionError(13, "Permission denied", str(self))
+        return mkdir(self, *args, **kwargs)
+
+    checkpoint.Checkpoints.save = save_in_a_small_space
+    Path.mkdir = refuse
+
+
+@pytest.mark.parametrize(("how", "told"), [("full", "File too large"), ("permission", "Permission denied")])
+def test_save_that_fails_is_reported_and_the_run_goes_on(run_ranks, how, told):
+    flags = FLAGS | {"num_iterations": 6, "batch_size": STRIDE // 2}
+    run = run_ranks(2, obstruct, (how,), **flags, checkpoint_every=2, keep=9)
+    assert len(run.metrics) == 6
+    (warning,) = [line for line in run.screen.splitlines() if "warning" in line]
+    assert "the checkpoint of step 4 was not written" in warning and told in warning, warning
+    assert warning.endswith(f"the newest checkpoint is {run.output_dir / 'checkpoints' / 'step_2'}")
+    assert steps_there(run) == [6, 2]
+    assert not list((run.output_dir / "checkpoints").glob(".*"))
+    assert all(checkpoint.verify(folder) is None for folder in checkpoint.find(run.output_dir / "checkpoints"))
+
+
+def preempt(rank: int, moment: str, number: int) -> None:
+    """Send a signal to the last rank at a moment of the seventh step."""
+    if rank == 0:
+        return
+    next_batch, validate, write = ShardLoader.next_batch, train.validate, checkpoint._Writer.write_data
+    batches = []
+
+    def on_batch(self):
+        batches.append(self)
+        if moment == "step" and len(batches) == 14:  # in the second micro-step of the seventh step
+            os.kill(os.getpid(), number)
+        return next_batch(self)
+
+    def on_validation(*args):
+        seen = len(batches)
+        if moment == "validation" and seen == 12:
+            os.kill(os.getpid(), number)
+        loss = validate(*args)
+        del batches[seen:]
+        return loss
+
+    def on_write(self, plan, planner):
+        if moment == "save" and self.folder.name == "step_6":
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+        return write(self, plan, planner)
+
+    ShardLoader.next_batch, train.validate, checkpoint._Writer.write_data = on_batch, on_validation, on_write
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "zero_stage"),
+    [("step", signal.SIGTERM, 0), ("validation", signal.SIGUSR1, 3), ("save", signal.SIGTERM, 1)],
+)
+def test_preempted_run_saves_and_goes_on_as_if_nothing_had_been(run_ranks, moment, number, zero_stage):
+    flags = FLAGS | {"num_iterations": 12, "batch_size": STRIDE // 2, "zero_stage": zero_stage}
+    every = {"checkpoint_every": 6 if moment == "save" else 0}
+    whole = run_ranks(2, **flags)
+    first = run_ranks(2, preempt, (moment, int(number)), **flags, **every)  # exit status 0
+    assert "stopped by SIGTERM or SIGUSR1 after step" in first.screen
+    (line,) = [line for line in first.screen.splitlines() if line.startswith("resume: ")]
+    assert line.startswith("resume: torchrun ... train.py ") and line.endswith(
+        "--resume auto --output_dir " + str(first.output_dir)
+    )
+    done = len(first.metrics)
+    assert done in ((7,) if moment != "save" else (7, 8)) and steps_there(first)[0] == done
+    again = run_ranks(2, **flags, **every, resume="auto", output_dir=first.output_dir)
+    assert again.log == whole.log and again.losses == whole.losses
+    assert same_weights(again, whole)
+
+
+def test_ctrl_c_saves_where_checkpoints_are_on(start_ranks):
+    for every, expected in ((100, [5]), (0, [])):
+        processes, run = start_ranks(0, interrupt_at_step_4, checkpoint_every=every, **FLAGS)
+        assert processes.wait() == [train.INTERRUPTED]
+        assert steps_there(run) == expected
+        assert ("resume: python train.py" in processes.screen) == bool(expected)
+
+
+def interrupt_at_step_4(rank: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    train_line = RunLog.train
+
+    def line(self, metrics):
+        train_line(self, metrics)
+        if metrics["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    RunLog.train = line
+
+
+def keep_tokens(rank: int, folder: Path, stop_after: int) -> None:
+    """Write what this rank reads to `folder`, a row a sequence, and preempt the run after so many steps."""
+    next_batch, train_line, reads = ShardLoader.next_batch, RunLog.train, []
+
+    def read(self):
+        x, y = next_batch(self)
+        reads.append(torch.cat([x, y[:, -1:]], dim=1))
+        return x, y
+
+    def line(self, metrics):
+        train_line(self, metrics)
+        torch.save(torch.stack(reads), folder / f"tokens_{rank}.pt")
+        if metrics["step"] == stop_after and rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ShardLoader.next_batch, RunLog.train = read, line
+
+
+@pytest.mark.parametrize("shuffle", [0, 1])
+def test_four_ranks_then_two_then_four_read_every_sequence_once_in_order(run_ranks, tiny, tmp_path, shuffle):
+    """The signal comes after a step's reduction, so one more step is made: 4 + 3 + 3 steps of 8 sequences."""
+    T, total = 16, 8 * 16
+    read = []
+    flags = {"num_iterations": 10, "batch_size": 2, "total_batch_size": total, "shuffle": shuffle}
+    for ranks, stop_after in ((4, 2), (2, 5), (4, 99)):
+        folder = tmp_path / f"{len(read)}"
+        folder.mkdir()
+        run_ranks(ranks, keep_tokens, (folder, stop_after), **flags, output_dir=tmp_path / "elastic", resume="auto")
+        tokens = [torch.load(folder / f"tokens_{rank}.pt") for rank in range(ranks)]
+        read += [row for batches in zip(*tokens, strict=True) for batch in batches for row in batch.tolist()]
+    assert len(read) == 10 * 8
+    shards = [
+        np.asarray(open_shard(path)).astype(int).tolist()
+        for path in sorted(Path(tiny["--input_bin"]).parent.glob("train_*"))
+    ]
+    order = [shard[i * T : (i + 1) * T + 1] for shard in shards for i in range((len(shard) - 1) // T)]
+    if shuffle:
+        one = ShardLoader(tiny["--input_bin"], 1, T, vocab_size=61, shuffle_seed=train.SEED)
+        order = [x[0].tolist() + y[0, -1:].tolist() for x, y in (one.next_batch() for _ in range(len(read)))]
+        assert len({tuple(row) for row in order}) == len(order)
+    assert read == order[: len(read)]
+
+
+def test_barrier_and_broadcast_do_nothing_without_ranks():
+    world = distributed.World(0, 0, 1, torch.device("cpu"), distributed=False)
+    assert distributed.gather(world, 3) == [3]
+    with pytest.raises(BadInput):
+        distributed.on_main(world, lambda: (_ for _ in ()).throw(BadInput("no")))

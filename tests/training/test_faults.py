@@ -1,0 +1,337 @@
+"""Faults: outliers, numbers that are not finite, ranks that die, hang or disagree, and kill -9."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from bench.chaos import chaos
+from data.loader import ShardLoader
+from data.shards import write_shard
+from model.gpt import GPT
+from tests.conftest import ROOT, Run, command_line
+from tests.training.conftest import same_weights, weights_of
+from training import optim
+from training.distributed import RunStopped
+from training.faults import MOST_SKIPPED, WINDOW, UpdateGuard
+from training.log import RunLog
+
+FLAGS = {"batch_size": 4, "total_batch_size": 256, "num_iterations": 8, "val_loss_every": 0}
+
+
+def test_outlier_is_measured_against_the_last_128():
+    """By the definition: standard deviations above the mean of a window that it is part of, once that is full."""
+    draw = random.Random(5)
+    losses = [draw.gauss(4, 0.1) for _ in range(400)]
+    for at in (20, WINDOW + 40, 300):
+        losses[at] = 5.0
+    guard = UpdateGuard(loss_z=6.0)
+    objections = [guard.objection(f"step {i}", loss, 1.0) for i, loss in enumerate(losses)]
+    expected = set()
+    for i in range(WINDOW - 1, len(losses)):
+        window = np.array(losses[i - WINDOW + 1 : i + 1])
+        if (losses[i] - window.mean()) / window.std() > 6.0:
+            expected.add(i)
+    assert {i for i, objection in enumerate(objections) if objection} == expected == {WINDOW + 40, 300}
+    assert guard.skipped == 2
+    assert re.match(r"step 300: loss 5 is \d\.\d standard deviations above", objections[300])
+
+
+@pytest.mark.parametrize(("loss_z", "norm_z", "skips"), [(0, 0, 0), (5, 0, 1), (0, 5, 1), (5, 5, 2), (50, 50, 0)])
+def test_each_limit_looks_at_its_own_value(loss_z, norm_z, skips):
+    guard = UpdateGuard(loss_z, norm_z)
+    draw = random.Random(6)
+    for i in range(2 * WINDOW):
+        guard.objection("", 90.0 if i == 150 else draw.gauss(4, 0.1), 80.0 if i == 200 else draw.gauss(1, 0.1))
+    assert guard.skipped == skips
+
+
+def test_value_that_falls_is_no_outlier_and_one_that_is_constant_neither():
+    guard = UpdateGuard(1.0, 1.0)
+    assert not any(guard.objection("", 4.0, 1.0) for _ in range(2 * WINDOW))
+    assert guard.objection("", 1.0, 0.5) is None
+
+
+def test_values_that_are_not_finite_never_pass_and_too_many_in_a_row_stop():
+    guard = UpdateGuard()
+    for bad in ((math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)):
+        for i in range(MOST_SKIPPED - 1):
+            assert f"({i + 1} in a row" in guard.objection("step 9, a file", *bad)
+        assert guard.objection("", 1.0, 1.0) is None
+    assert guard.skipped == 3 * (MOST_SKIPPED - 1)
+    assert all(math.isfinite(value) for window in guard.windows.values() for value in window)
+    with pytest.raises(RunStopped, match="step 9, a file: loss is nan, as in the 19 steps before"):
+        for _ in range(MOST_SKIPPED):
+            guard.objection("step 9, a file", math.nan, 1.0)
+
+
+def test_guard_goes_on_from_its_state():
+    draw = random.Random(7)
+    values = [(draw.gauss(4, 0.1), draw.gauss(1, 0.1)) for _ in range(300)]
+    whole, first, second = (UpdateGuard(2.0, 2.0) for _ in range(3))
+    objections = [whole.objection("", *pair) for pair in values]
+    for pair in values[:140]:
+        first.objection("", *pair)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [second.objection("", *pair) for pair in values[140:]] == objections[140:]
+    assert second.state_dict() == whole.state_dict() and any(objections[140:])
+
+
+def test_skipped_update_leaves_weights_and_moments(run_tiny, monkeypatch):
+    """A run whose third update is refused, against one with a learning rate of its own that leaves that one out."""
+    objection, update, counted = UpdateGuard.objection, optim.update, []
+
+    def refuse_third(self, where, loss, norm):
+        counted.append(where)
+        return f"{where}: refused" if len(counted) == 3 else objection(self, where, loss, norm)
+
+    monkeypatch.setattr(UpdateGuard, "objection", refuse_third)
+    skipped = run_tiny(**FLAGS | {"num_iterations": 5})
+    assert "step 3, " in skipped.screen
+
+    counted.clear()
+
+    def leave_out(optimizer, scaler, accepted, finite):
+        if len(counted) != 3:
+            update(optimizer, scaler, True, finite)
+        optimizer.zero_grad()
+
+    monkeypatch.setattr(optim, "update", leave_out)
+    assert same_weights(run_tiny(**FLAGS | {"num_iterations": 5}), skipped)
+
+
+def poison(rank: int, what: str) -> None:
+    """NaN on the last rank, in the third step: in the loss of one micro-batch, or in one weight's gradient."""
+    if rank == 0:
+        return
+    calls = []
+    forward = GPT.forward
+
+    def forward_with_nan(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        calls.append(loss)
+        if what == "loss" and len(calls) == 6:
+            loss = loss * torch.nan
+        if what == "gradient" and len(calls) == 5:
+            loss.register_hook(lambda grad: grad * torch.nan)
+        return logits, loss
+
+    GPT.forward = forward_with_nan
+
+
+@pytest.mark.parametrize(("what", "zero_stage"), [("loss", 0), ("gradient", 1), ("gradient", 3)])
+def test_nan_on_one_rank_is_skipped_on_all_and_named(run_ranks, tiny, what, zero_stage):
+    run = run_ranks(2, poison, (what,), **FLAGS, zero_stage=zero_stage)
+    assert [line["skipped"] for line in run.metrics] == [0, 0, 1, 1, 1, 1, 1, 1]
+    file = sorted(Path(tiny["--input_bin"]).parent.glob("train_*"))[0]
+    (told,) = [line for line in run.screen.splitlines() if "update skipped" in line]
+    assert told.startswith(f"step 3, {file} from token {2 * 256}: ") and "norm is nan" in told
+    assert ("loss is nan" in told) == (what == "loss")
+    assert all(weight.isfinite().all() for weight in weights_of(run).values())
+    assert run.losses[-1] < 4.1  # it goes on to learn
+
+
+def poison_from_step_4(rank: int) -> None:
+    calls = []
+    forward = GPT.forward
+
+    def forward_with_nan(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        calls.append(loss)
+        return logits, loss * (torch.nan if len(calls) > 6 else 1)
+
+    GPT.forward = forward_with_nan
+
+
+def test_run_that_is_not_finite_any_more_stops_and_leaves_the_last_good_checkpoint(start_ranks, run_ranks):
+    flags = FLAGS | {"num_iterations": 100, "checkpoint_every": 2}
+    processes, run = start_ranks(2, poison_from_step_4, **flags)
+    assert processes.wait() == [train.STOPPED] * 2
+    (line, same) = [line for line in processes.errors.splitlines() if line.startswith("train.py: ")]
+    assert line == same and f"train.py: step {3 + MOST_SKIPPED}, " in line and "as in the 19 steps before" in line
+    newest = run.output_dir / "checkpoints" / "step_22"
+    assert line.endswith(f"the newest checkpoint is {newest}")
+    again = run_ranks(2, **(flags | {"num_iterations": 100}), resume=newest, output_dir=f"{run.output_dir}_on")
+    assert again.metrics[0]["step"] == 22 and math.isfinite(again.losses[0])
+
+
+def test_target_out_of_range_in_a_later_shard(start_ranks, tiny, tmp_path):
+    """The loader finds it when the shard's turn comes; every rank at the same step, in either order of the data."""
+    rng = np.random.default_rng(8)
+    for i in range(2):
+        tokens = rng.integers(0, 61, 900 + i).astype(np.uint16)
+        tokens[700] = (60, 61)[i]
+        write_shard(tmp_path / f"shard_{i}.bin", tokens)
+    for shuffle in (0, 1):
+        processes, run = start_ranks(
+            2, input_bin=str(tmp_path / "shard_*.bin"), shuffle=shuffle, **(FLAGS | {"checkpoint_every": 1})
+        )
+        assert processes.wait() == [2, 2], processes.errors
+        for line in processes.errors.strip().splitlines():
+            assert f"{tmp_path / 'shard_1.bin'}: token 700 has the id 61" in line
+            if not shuffle:
+                assert re.match(r"train.py \[rank \d\]: step 4: ", line), line
+        if not shuffle:
+            assert len(run.metrics) == 3 and (run.output_dir / "checkpoints" / "step_3").is_dir()
+
+
+def diverge(rank: int, what: str) -> None:
+    """Let rank 2 of four part from the others after the third step."""
+    train_line = RunLog.train
+
+    def line(self, metrics):
+        train_line(self, metrics)
+        if metrics["step"] == 2 and rank == 2:
+            if what == "weights":
+                with torch.no_grad():
+                    STATES[0].params["transformer.h.1.mlp.c_fc.bias"].view(-1)[5] += 1e-6
+            else:
+                STATES[0].loader.next_batch()
+
+    run_train = train.train
+    train.train = lambda config, world, state, *rest: (STATES.append(state), run_train(config, world, state, *rest))[1]
+    RunLog.train = line
+
+
+STATES: list = []
+
+
+@pytest.mark.parametrize(
+    ("what", "zero_stage", "told"),
+    [("weights", 1, "transformer.h.1.mlp.c_fc.bias"), ("loader", 3, "the loader's position")],
+)
+def test_rank_that_disagrees_stops_the_run_by_name(start_ranks, what, zero_stage, told):
+    processes, run = start_ranks(
+        4, diverge, (what,), **FLAGS | {"batch_size": 2}, zero_stage=zero_stage, check_ranks_every=3
+    )
+    assert processes.wait() == [train.STOPPED] * 4
+    assert f"the ranks disagree: rank 2 differs from rank 0 in {told}" in processes.errors
+    assert len(run.metrics) == 3
+
+
+def test_ranks_that_agree_go_on(run_ranks):
+    assert len(run_ranks(2, **FLAGS, zero_stage=2, check_ranks_every=2).metrics) == 8
+
+
+def die_or_hang(rank: int, how: str) -> None:
+    """In the second micro-step of the third step, on rank 1."""
+    if rank != 1:
+        return
+    next_batch, calls = ShardLoader.next_batch, []
+
+    def read(self):
+        calls.append(self)
+        if len(calls) == 6:
+            if how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+        return next_batch(self)
+
+    ShardLoader.next_batch = read
+
+
+@pytest.mark.parametrize(
+    ("how", "zero_stage", "told"),
+    [
+        ("dies", 0, r"rank 1 is gone, last heard of at step [123] \("),
+        ("dies", 3, r"rank 1 is gone, last heard of at step [123] \("),
+        ("hangs", 1, r"rank 1 has not arrived, it is at step 3 \(reading data\)"),
+    ],
+)
+def test_others_say_which_rank_died_or_hangs_and_end(start_ranks, how, zero_stage, told):
+    started = time.monotonic()
+    processes, _ = start_ranks(
+        3, die_or_hang, (how,), **FLAGS | {"total_batch_size": 384}, zero_stage=zero_stage, timeout_s=8
+    )
+    processes.processes[0].join(40)
+    processes.processes[2].join(40)
+    assert [processes.processes[rank].exitcode for rank in (0, 2)] == [1, 1], processes.errors
+    assert time.monotonic() - started < 35
+    for rank in (0, 2):
+        error = (processes.folder / f"err_{rank}").read_text()
+        assert re.search(rf"\[rank {rank}\] waited \d+ s for the other ranks at step 3 \(.*\): .*{told}", error), error
+
+
+def test_torchrun_starts_again_from_the_newest_checkpoint(tiny, tmp_path, torchrun_tiny):
+    """A rank is killed twice; `--max-restarts 3` ends with the weights of the run in which none was."""
+    flags = {"num_iterations": 30, "checkpoint_every": 3, "shuffle": 1, "zero_stage": 1, "val_loss_every": 10}
+    whole = torchrun_tiny(2, **flags)
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        "from training.log import RunLog\n"
+        "line, attempt = RunLog.train, int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        "def record(self, metrics):\n"
+        "    line(self, metrics)\n"
+        "    if attempt < 2 and metrics['step'] == (8, 20)[attempt] and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "RunLog.train = record\n"
+        "sys.exit(train.main())\n"
+    )
+    given = tiny | {"--output_dir": tmp_path / "restarted"} | {f"--{name}": value for name, value in flags.items()}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+    done = subprocess.run(
+        [*command, str(script), *command_line(given)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"resumed from \S+/step_\d+: ", done.stdout)) == 2
+    assert "rank 1 is gone" in done.stderr
+    restarted = Run(tmp_path / "restarted", done.stdout)
+    assert restarted.log == whole.log and same_weights(restarted, whole)
+
+
+def test_restarts_need_a_place(tiny, monkeypatch, capsys):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_MAX_RESTARTS": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            train.main(command_line(tiny | {"--checkpoint_every": 2}))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert stopped.value.code == 2 and "--max-restarts" in capsys.readouterr().err
+
+
+def test_killed_at_random_moments(tmp_path):
+    """The short form of `python -m bench.chaos`."""
+    counts = chaos(tmp_path, kills=5, seed=3, n_ranks=2, zero_stage=1)
+    assert counts["kills"] == 5 and counts["runs ended"] >= 1
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_killed_at_fifty_random_moments(tmp_path, zero_stage):
+    counts = chaos(tmp_path, kills=50, seed=zero_stage, n_ranks=2, zero_stage=zero_stage)
+    assert counts["kills"] == 50 and counts["in a save"] > 10 and counts["of one rank"] > 10
+
+
+def test_deviation_is_of_the_population():
+    guard = UpdateGuard(loss_z=1e9)
+    values = [float(i) for i in range(WINDOW)]
+    for value in values:
+        guard.objection("", value, 1.0)
+    from training.faults import _z_score
+
+    assert _z_score(guard.windows["loss"]) == pytest.approx((127 - 63.5) / statistics.pstdev(values))
