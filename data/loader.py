@@ -56,12 +56,14 @@ class ShardLoader:
         self.files = find_shards(pattern)
         self._lengths = [len(open_shard(path)) for path in self.files]
         self.total_tokens = sum(self._lengths)
-        needed = self._stride + 1
+        needed, unit = self._stride + 1, "ranks * batch_size * sequence_length"
+        if self._shuffled:
+            needed, unit = sequence_length + 1, "sequence_length"
         for path, length in zip(self.files, self._lengths, strict=True):
             if length < needed:
                 raise BadInput(
-                    f"{path}: {length} tokens are fewer than the {needed} = ranks * batch_size * sequence_length + 1 "
-                    "that a step reads; use larger shards, or a smaller --batch_size or --sequence_length"
+                    f"{path}: {length} tokens are fewer than the {needed} = {unit} + 1 that a step reads; use larger "
+                    "shards, or a smaller --batch_size or --sequence_length"
                 )
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._ahead = None  # the batch that is on its way to the GPU

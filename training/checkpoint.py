@@ -182,6 +182,11 @@ class Checkpoints:
         newest = next(iter(find(self.folder)), None) if self.folder else None
         return f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way, or has ended since and was not looked at."""
+        return self._saving is not None
+
     def poll(self) -> None:
         """Report a save that has failed since, without waiting."""
         if self._saving and self._saving[1].done():

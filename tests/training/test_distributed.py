@@ -133,6 +133,20 @@ def test_samples_at_every_stage(run_ranks, tmp_path):
     assert len(samples[0]) == 3 and samples[0] == samples[1]
 
 
+def without_code_generation(rank: int) -> None:
+    """torch.compile with everything but the compiler for the device."""
+    compile = torch.compile
+    torch.compile = lambda model, **options: compile(model, backend="aot_eager", **options)
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(1, "float32"), (3, "bfloat16")])
+def test_compiled_ranks_train_like_eager_ones(run_ranks, zero_stage, dtype):
+    flags = FLAGS | {"num_iterations": 3, "batch_size": 4, "zero_stage": zero_stage, "dtype": dtype}
+    eager = run_ranks(2, **flags)
+    compiled = run_ranks(2, without_code_generation, **flags, compile=1)
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-6 if dtype == "float32" else 1e-3)
+
+
 def test_the_screen_is_written_once(torchrun_tiny):
     """By torchrun itself."""
     run = torchrun_tiny(2, num_iterations=2, zero_stage=2)

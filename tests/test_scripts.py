@@ -1,0 +1,101 @@
+"""The scripts for several nodes, with stand-ins for the scheduler: two tasks on this machine."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from model import llmc
+from tests.conftest import ROOT, command_line
+
+SRUN = """#!/usr/bin/env bash
+# Starts two tasks, passes USR1 on, and fails where one fails.
+[[ $1 == --kill-on-bad-exit=1 ]] && shift
+export SLURM_NTASKS=2
+pids=()
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & pids+=($!); done
+trap 'kill -USR1 "${pids[@]}"' USR1
+status=0
+for pid in "${pids[@]}"; do
+    while true; do wait "$pid"; code=$?; kill -0 "$pid" 2>/dev/null || break; done
+    [[ $code -ne 0 ]] && status=$code
+done
+exit $status
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >> "$REQUEUED"; fi
+"""
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A PATH on which srun and scontrol are the stand-ins."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return os.environ | {
+        "PATH": f"{folder}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+        "REQUEUED": str(tmp_path / "requeued"),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "here",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def test_slurm_job_saves_when_its_time_is_up_and_goes_on_when_it_comes_back(environment, tiny, tmp_path):
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    flags = tiny | {"--num_iterations": "200", "--zero_stage": "1", "--output_dir": str(tmp_path / "run")}
+    environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
+
+    def job(**more):
+        return subprocess.Popen(
+            ["bash", str(ROOT / "scripts" / "train.slurm"), *command_line(flags)],
+            env=environment | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    first = job()
+    log = tmp_path / "run" / "main.log"
+    deadline = time.monotonic() + 90
+    while not (log.exists() and "s:5 trl" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGUSR1)
+    screen, errors = first.communicate(timeout=90)
+    assert first.returncode == 0, errors
+    assert "stopped by SIGTERM or SIGUSR1" in screen
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+
+    second = job(SLURM_JOB_ID=str(os.getpid() + 1))
+    screen, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
+    assert "resumed from" in screen and (tmp_path / "requeued").read_text().count("\n") == 1
+    steps = [line for line in log.read_text().splitlines() if "trl" in line]
+    assert [line.split(" ")[0] for line in steps] == [f"s:{step}" for step in range(200)]
+    llmc.load_model(tmp_path / "run")
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 2
+
+
+def test_torchrun_script(environment, tiny, tmp_path):
+    flags = tiny | {"--num_iterations": "3", "--zero_stage": "3", "--output_dir": str(tmp_path / "run")}
+    given = {"NODES": "1", "RENDEZVOUS": "localhost:0", "RUN": "tiny", "RANKS_PER_NODE": "2"}
+    done = subprocess.run(
+        [ROOT / "scripts" / "torchrun.sh", *command_line(flags)],
+        env=environment | given,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks × 1 micro-steps" in done.stdout and (tmp_path / "run" / "model.bin").exists()
+    for name in ("NODES", "RENDEZVOUS", "RUN"):
+        left_out = {key: value for key, value in (environment | given).items() if key != name}
+        done = subprocess.run([ROOT / "scripts" / "torchrun.sh"], env=left_out, capture_output=True, text=True)
+        assert done.returncode != 0 and name in done.stderr
