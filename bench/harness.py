@@ -7,6 +7,7 @@ clock: the tests' one counts.
 """
 
 import gc
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -59,8 +60,10 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.gpu, self.l2_bytes = properties.name, properties.L2_cache_size
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        self.driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        self.driver = ""
+        if shutil.which("nvidia-smi"):  # a container may lack it
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            self.driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
 
     def hold(self) -> None:
         torch.cuda._sleep(2_000_000)  # cycles
