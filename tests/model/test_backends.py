@@ -1,0 +1,125 @@
+"""The network on the triton backend: eager's numbers, the same bits each time, and one graph under torch.compile."""
+
+import pytest
+import torch
+
+from kernels import accuracy, ops
+from kernels.ops import EAGER, TRITON, Ops
+from model.gpt import GPT, GPTConfig
+from tests.conftest import DEVICE, TINY
+from tests.kernels.conftest import assert_no_worse
+
+ODD = GPTConfig(block_size=40, vocab_size=131, n_layer=2, n_head=3, n_embd=60)  # nothing is a power of two
+MIX = TRITON._replace(attention=EAGER.attention, gelu=EAGER.gelu)
+SHORT = GPTConfig(block_size=12, vocab_size=61, n_layer=2, n_head=1, n_embd=32)
+BACKENDS = {"triton": TRITON, "eager": EAGER, "mix": MIX}
+
+
+def batch(config: GPTConfig, B: int = 3, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    T = config.block_size - 3
+    tokens = torch.randint(config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def network(config: GPTConfig, backend: Ops) -> GPT:
+    return GPT(config, backend).to(DEVICE)
+
+
+def results(gpt: GPT, return_logits: bool) -> dict[str, torch.Tensor]:
+    logits, loss = gpt(*batch(gpt.config), return_logits=return_logits)
+    loss.backward()
+    assert (logits is None) == (not return_logits)
+    out = {"loss": loss.detach()} | {name: param.grad for name, param in gpt.named_parameters()}
+    return out | ({"logits": logits.detach()} if return_logits else {})
+
+
+@pytest.mark.parametrize("return_logits", [True, False], ids=["logits", "loss alone"])
+@pytest.mark.parametrize("config", [TINY, ODD], ids=["tiny", "odd"])
+@pytest.mark.parametrize("backend", [TRITON, MIX], ids=["triton", "mix"])
+def test_loss_logits_and_gradients(backend, config, return_logits):
+    truth = results(network(config, EAGER).double(), return_logits)
+    ours, eager = (results(network(config, ops), return_logits) for ops in (backend, EAGER))
+    n_rows = batch(config)[0].numel()
+    summed = {name: 1 if name in ("loss", "logits") else n_rows for name in truth}
+    assert_no_worse([accuracy.compare(name, ours[name], eager[name], truth[name], summed[name]) for name in truth])
+
+
+def losses_of_training(backend: Ops, n_steps: int = 20, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    gpt = network(SHORT, backend).to(dtype)
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
+    losses = []
+    for step in range(n_steps):
+        loss = gpt(*batch(SHORT, B=1, seed=step % 4), return_logits=False)[1]
+        losses.append(loss.detach())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(losses)
+
+
+def test_twenty_steps_of_training():
+    ours, eager = losses_of_training(TRITON), losses_of_training(EAGER)
+    truth = losses_of_training(EAGER, dtype=torch.float64)
+    assert truth[-1] < truth[0] - 0.5
+    assert_no_worse([accuracy.compare("losses", ours, eager, truth)])
+    assert torch.equal(ours[:6], losses_of_training(TRITON, n_steps=6)), "two runs of the same kernels differ"
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_one_graph_under_compile(backend):
+    plain = results(network(TINY, backend), return_logits=False)
+    gpt = network(TINY, backend)
+    compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager")
+    loss = compiled(*batch(TINY), return_logits=False)[1]
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), plain["loss"])
+    for name, param in gpt.named_parameters():
+        torch.testing.assert_close(
+            param.grad, plain[name], rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_recompute_gives_the_same_bits():
+    want = results(network(TINY, TRITON), return_logits=False)
+    for level in (1, 2):
+        gpt = network(TINY, TRITON)
+        gpt.set_recompute(level)
+        got = results(gpt, return_logits=False)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize(("recompute", "most"), [(0, 16.1), (1, 12.1), (2, 10.1)])
+def test_what_a_layer_keeps_for_the_backward_pass(recompute, most):
+    """Elements a token, counted as the difference that two more layers make."""
+
+    def kept(n_layer: int) -> float:
+        config = GPTConfig(block_size=64, vocab_size=61, n_layer=n_layer, n_head=2, n_embd=256)
+        gpt = network(config, TRITON)
+        gpt.set_recompute(recompute)
+        parameters = {param.untyped_storage().data_ptr() for param in gpt.parameters()}
+        storages: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+            return tensor
+
+        x, y = batch(config, B=1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = gpt(x, y, return_logits=False)[1]
+        del loss
+        return sum(storages.values()) / x.numel()
+
+    assert (kept(3) - kept(1)) / 2 / 256 <= most
+
+
+def test_parse():
+    assert ops.parse("eager", DEVICE) == EAGER
+    assert ops.parse("triton", DEVICE) == TRITON
+    assert ops.parse("triton,attention=eager,gelu=eager", DEVICE) == MIX
+    assert ops.parse("triton,attention=eager", DEVICE, flash=True).attention is ops.EAGER_SDPA.attention
+    assert ops.parse("eager,gelu=triton", DEVICE) == EAGER._replace(gelu=TRITON.gelu)
+    for wrong, told in {"cuda": "unknown backend", "triton,relu=eager": "unknown op", "triton,gelu": "backend"}.items():
+        with pytest.raises(ValueError, match=told):
+            ops.parse(wrong, DEVICE)
