@@ -94,7 +94,7 @@ def need_gpu(command: str):
         BadInput: there is none.
     """
     if not torch.cuda.is_available():
-        raise BadInput(f"{command} times kernels and needs an NVIDIA GPU; without one there are {', '.join(COUNTED)}")
+        raise BadInput(f"{command} needs an NVIDIA GPU to time on; without one there are {', '.join(COUNTED)}")
     from kernels import interpreter
 
     interpreter.choose("cuda")
