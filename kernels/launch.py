@@ -28,6 +28,8 @@ class Row(NamedTuple):
     """columns, keys or elements a program takes at a time; 0: all, rounded up to a power of two"""
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """a thread's, where a few fewer make room for another program on a multiprocessor and nothing spills"""
 
 
 ANY = 1 << 62
@@ -35,6 +37,17 @@ WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 # (capability from which on it holds, multiprocessors of its largest chip), newest first
 MULTIPROCESSORS = ((100, 148), (90, 132), (0, 108))
+
+# In 16 bits on sm_80. They fit the 99 KiB of shared memory of sm_86 and sm_89, and of sm_120, which has sm_80's matrix
+# instructions.
+ATTENTION_80 = (
+    Row("attention", 80, 64, 2, 128, 64, 8, 3),
+    Row("attention", 80, 128, 2, 128, 64, 8, 2),
+    Row("attention_dq", 80, 64, 2, 64, 64, 4, 3),
+    Row("attention_dq", 80, 128, 2, 64, 64, 4, 2),
+    Row("attention_dkdv", 80, 64, 2, 32, 64, 4, 3),
+    Row("attention_dkdv", 80, 128, 2, 64, 64, 8, 2),
+)
 
 # The first row that fits is taken.
 ROWS = (
@@ -48,6 +61,36 @@ ROWS = (
     Row("layer_norm_partials", 0, ANY, 8, 64, 32, 4, 1),
     Row("embedding", 0, ANY, 8, 8, 256, 4, 1),
     Row("gelu", 0, ANY, 8, 1, 1024, 4, 1),
+    # Attention takes block_m queries and block_n keys at a time. Nothing spills in 16 bits, and on sm_90 nothing makes
+    # ptxas run wgmma one by one (it says so, in a warning that Triton swallows). Within that, at head_dim 64, two
+    # programs on a multiprocessor, so that one multiplies while the other one exponentiates; and 128 queries where keys
+    # and values come from L2, since 64 read them twice as often. In fp32 and fp64 all three have the same tiles: then
+    # backward makes the scores in the bits that forward normalised, though the order of summing may follow the shape.
+    *(row._replace(capability=120) for row in ATTENTION_80),
+    Row("attention", 100, 64, 2, 128, 64, 4, 3),
+    Row("attention", 100, 128, 2, 128, 64, 8, 2),
+    Row("attention", 90, 64, 2, 128, 64, 8, 3, max_registers=128),
+    Row("attention", 90, 128, 2, 128, 64, 8, 3),
+    Row("attention_dq", 100, 128, 2, 128, 64, 8, 2),
+    Row("attention_dq", 90, 64, 2, 128, 64, 8, 3, max_registers=128),
+    Row("attention_dq", 90, 128, 2, 128, 64, 8, 3),
+    Row("attention_dkdv", 100, 128, 2, 64, 128, 8, 2),
+    Row("attention_dkdv", 90, 64, 2, 64, 64, 4, 3),
+    Row("attention_dkdv", 90, 128, 2, 64, 128, 8, 3),
+    *ATTENTION_80,
+    Row("attention", 0, 64, 2, 64, 64, 4, 2),
+    Row("attention", 0, 128, 2, 64, 32, 4, 2),
+    Row("attention", 0, 64, 4, 32, 32, 4, 2),
+    Row("attention", 0, 128, 4, 16, 32, 4, 2),
+    Row("attention", 0, 128, 8, 16, 16, 4, 1),
+    Row("attention_dq", 0, 128, 2, 64, 32, 4, 2),
+    Row("attention_dq", 0, 64, 4, 32, 32, 4, 2),
+    Row("attention_dq", 0, 128, 4, 16, 32, 4, 2),
+    Row("attention_dq", 0, 128, 8, 16, 16, 4, 1),
+    Row("attention_dkdv", 0, 128, 2, 32, 64, 4, 2),
+    Row("attention_dkdv", 0, 64, 4, 32, 32, 8, 2),
+    Row("attention_dkdv", 0, 128, 4, 16, 32, 8, 2),
+    Row("attention_dkdv", 0, 128, 8, 16, 16, 4, 1),
     # By its registers, two or three programs on a multiprocessor where a row is read twice, the second time from L2: at
     # most 396 rows of GPT-2's vocabulary in 16 bits on an H100, 40 MB.
     Row("cross_entropy", 0, ANY, 8, 1, 8192, 16, 1),

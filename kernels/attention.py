@@ -1,0 +1,474 @@
+"""Causal self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762) by tiles that never leave the chip, as
+FlashAttention-2 computes it (Dao 2023, https://arxiv.org/abs/2307.08691), forward and backward.
+
+    s = q·kᵀ/√D over the keys that are not after the query,   p = softmax(s),   o = p·v,   lse = log Σ exp(s)
+    dv = pᵀ·do,   ds = p∘(do·vᵀ − delta),   dq = ds·k/√D,   dk = dsᵀ·q/√D,   delta = rowsum(o∘do)
+
+q, k, v, o: (B, H, T, D), fp32, fp16 or bf16, D from 1 to 128. All are read and written through strides: the packed
+form (B, T, 3C) is three such views of one tensor, its gradient three of another, and nothing is transposed or copied.
+Saved for backward: the inputs, o, and lse, (B, H, T) in fp32, or in fp64 where the inputs are fp32: exp(s − lse) makes
+an error of p of every digit that lse lacks, and eager, which keeps p, has none. s, p, dp, ds and all sums are fp32; p
+and ds are rounded to the inputs' dtype for the product that follows, and go there in registers.
+
+Forward: a program takes BLOCK_M queries over all their keys, with an online softmax in base 2. Backward: one kernel
+takes BLOCK_M queries over their keys for dq, and makes delta on the way, since it holds do; the next one takes BLOCK_N
+keys over their queries for dk and dv. No program adds to what another one writes, so that every run gives the same
+bits; the price is that both compute s and dp, 7 products instead of 5. Each takes the tiles on the diagonal first, with
+a mask, and then those with no key after a query, without.
+
+Forward moves 4·B·H·T·D elements and lse, backward 8·B·H·T·D and lse (delta, written once and read once, is not
+compulsory). FLOPs as the field counts them, the causal half of 2 and of 5 products of T×T by D: 2·B·H·T²·D forward, 2.5
+times that backward; what is executed there is 3.5 times.
+"""
+
+import typing
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import launch
+from kernels.cost import Cost
+
+MAX_HEAD_DIM = 128
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _pointers(ptr, b, h, offs_row, offs_d, stride_b, stride_h, stride_row, stride_d):
+    """(rows, BLOCK_D) pointers into head h of sequence b, which are int64: no stride is too large."""
+    rows = ptr + b * stride_b + h * stride_h + offs_row.to(tl.int64)[:, None] * stride_row
+    return rows + offs_d.to(tl.int64)[None, :] * stride_d
+
+
+@triton.jit
+def _load(ptrs, offs_row, T, offs_d, EVEN_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile that is zero beyond T and HEAD_DIM; masked only where it may reach there."""
+    if EVEN_ROWS and HEAD_DIM == BLOCK_D:
+        tile = tl.load(ptrs)
+    elif EVEN_ROWS:
+        tile = tl.load(ptrs, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
+    elif HEAD_DIM == BLOCK_D:
+        tile = tl.load(ptrs, mask=offs_row[:, None] < T, other=0.0)
+    else:
+        tile = tl.load(ptrs, mask=(offs_row[:, None] < T) & (offs_d[None, :] < HEAD_DIM), other=0.0)
+    return tile
+
+
+@triton.jit
+def _load_row(ptrs, offs_row, T, EVEN_ROWS: tl.constexpr):
+    """One number a row, zero beyond T."""
+    return tl.load(ptrs) if EVEN_ROWS else tl.load(ptrs, mask=offs_row < T, other=0.0)
+
+
+@triton.jit
+def _probabilities(s, lse):
+    """exp2(s − lse), of scaled scores. Where lse has more digits than s, they are subtracted last."""
+    rounded = lse.to(s.dtype)
+    s = s - rounded
+    if lse.dtype != s.dtype:
+        s = s - (lse - rounded).to(s.dtype)
+    return tl.exp2(s)
+
+
+@triton.jit
+def _store(ptrs, tile, offs_row, T, offs_d, HEAD_DIM: tl.constexpr):
+    mask = (offs_row[:, None] < T) & (offs_d[None, :] < HEAD_DIM)
+    tl.store(ptrs, tile.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_ob, stride_oh, stride_om, stride_od,
+    H, T,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN_T: tl.constexpr, COMPUTE_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    qk_scale: tl.constexpr = HEAD_DIM**-0.5 * LOG2_E
+    n_blocks = tl.cdiv(T, BLOCK_M)
+    pid_m = n_blocks - 1 - tl.program_id(0) % n_blocks  # a head's longest programs first
+    pid_bh = tl.program_id(0) // n_blocks
+    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
+    start_m = pid_m * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    q_ptrs = _pointers(q_ptr, b, h, offs_m, offs_d, stride_qb, stride_qh, stride_qm, stride_qd)
+    k_ptrs = _pointers(k_ptr, b, h, offs_n, offs_d, stride_kb, stride_kh, stride_kn, stride_kd)
+    v_ptrs = _pointers(v_ptr, b, h, offs_n, offs_d, stride_vb, stride_vh, stride_vn, stride_vd)
+    q = _load(q_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], COMPUTE_DTYPE)
+    l_i = tl.zeros([BLOCK_M], COMPUTE_DTYPE)
+    m_i = tl.full([BLOCK_M], float("-inf"), COMPUTE_DTYPE)
+    diagonal = start_m // BLOCK_N * BLOCK_N
+    for IS_FULL in tl.static_range(2):
+        start = 0 if IS_FULL else diagonal
+        stop = diagonal if IS_FULL else tl.minimum(start_m + BLOCK_M, T)
+        for start_n in tl.range(start, stop, BLOCK_N):
+            step = tl.cast(start_n, tl.int64)
+            k = _load(k_ptrs + step * stride_kn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+            if not IS_FULL:
+                s = tl.where(offs_m[:, None] >= start_n + offs_n[None, :], s, float("-inf"))
+            # The first tile has a key for every query, so that m_new is never −inf, and nothing below −inf − −inf.
+            m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
+            p = tl.exp2(s * qk_scale - m_new[:, None])
+            alpha = tl.exp2(m_i - m_new)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None]
+            v = _load(v_ptrs + step * stride_vn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=INPUT_PRECISION, out_dtype=COMPUTE_DTYPE)
+            m_i = m_new
+
+    o_ptrs = _pointers(o_ptr, b, h, offs_m, offs_d, stride_ob, stride_oh, stride_om, stride_od)
+    _store(o_ptrs, acc / l_i[:, None], offs_m, T, offs_d, HEAD_DIM)
+    lse = m_i.to(lse_ptr.dtype.element_ty) + tl.log2(l_i)
+    tl.store(lse_ptr + pid_bh.to(tl.int64) * T + offs_m, lse * LN_2, mask=offs_m < T)
+
+
+@triton.jit
+def _attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_ob, stride_oh, stride_om, stride_od,
+    stride_dob, stride_doh, stride_dom, stride_dod,
+    stride_dqb, stride_dqh, stride_dqm, stride_dqd,
+    H, T,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN_T: tl.constexpr, COMPUTE_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    qk_scale: tl.constexpr = HEAD_DIM**-0.5 * LOG2_E
+    n_blocks = tl.cdiv(T, BLOCK_M)
+    pid_m = n_blocks - 1 - tl.program_id(0) % n_blocks  # a head's longest programs first
+    pid_bh = tl.program_id(0) // n_blocks
+    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
+    start_m = pid_m * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    rows = pid_bh.to(tl.int64) * T + offs_m
+
+    o_ptrs = _pointers(o_ptr, b, h, offs_m, offs_d, stride_ob, stride_oh, stride_om, stride_od)
+    do_ptrs = _pointers(do_ptr, b, h, offs_m, offs_d, stride_dob, stride_doh, stride_dom, stride_dod)
+    o = _load(o_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+    do = _load(do_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+    delta = tl.sum(o.to(COMPUTE_DTYPE) * do.to(COMPUTE_DTYPE), 1)
+    tl.store(delta_ptr + rows, delta, mask=offs_m < T)
+
+    q_ptrs = _pointers(q_ptr, b, h, offs_m, offs_d, stride_qb, stride_qh, stride_qm, stride_qd)
+    k_ptrs = _pointers(k_ptr, b, h, offs_n, offs_d, stride_kb, stride_kh, stride_kn, stride_kd)
+    v_ptrs = _pointers(v_ptr, b, h, offs_n, offs_d, stride_vb, stride_vh, stride_vn, stride_vd)
+    q = _load(q_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+    lse = _load_row(lse_ptr + rows, offs_m, T, EVEN_T) * LOG2_E
+    last_key = tl.where(offs_m > 0, offs_m, -1)  # the first query has one key: p is 1, and ds 0 but for rounding
+    dq = tl.zeros([BLOCK_M, BLOCK_D], COMPUTE_DTYPE)
+    diagonal = start_m // BLOCK_N * BLOCK_N
+    for IS_FULL in tl.static_range(2):
+        start = 0 if IS_FULL else diagonal
+        stop = diagonal if IS_FULL else tl.minimum(start_m + BLOCK_M, T)
+        for start_n in tl.range(start, stop, BLOCK_N):
+            step = tl.cast(start_n, tl.int64)
+            k = _load(k_ptrs + step * stride_kn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
+            v = _load(v_ptrs + step * stride_vn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+            p = _probabilities(s * qk_scale, lse[:, None])
+            if not IS_FULL:
+                p = tl.where(last_key[:, None] >= start_n + offs_n[None, :], p, 0.0)
+            dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION, out_dtype=COMPUTE_DTYPE)
+
+    dq_ptrs = _pointers(dq_ptr, b, h, offs_m, offs_d, stride_dqb, stride_dqh, stride_dqm, stride_dqd)
+    _store(dq_ptrs, dq * HEAD_DIM**-0.5, offs_m, T, offs_d, HEAD_DIM)
+
+
+@triton.jit
+def _attention_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_dob, stride_doh, stride_dom, stride_dod,
+    stride_dkb, stride_dkh, stride_dkn, stride_dkd,
+    stride_dvb, stride_dvh, stride_dvn, stride_dvd,
+    H, T,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN_T: tl.constexpr, COMPUTE_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    qk_scale: tl.constexpr = HEAD_DIM**-0.5 * LOG2_E
+    n_blocks = tl.cdiv(T, BLOCK_N)
+    pid_n = tl.program_id(0) % n_blocks  # a head's longest programs first: its first keys have the most queries
+    pid_bh = tl.program_id(0) // n_blocks
+    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
+    start_n = pid_n * BLOCK_N
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    q_ptrs = _pointers(q_ptr, b, h, offs_m, offs_d, stride_qb, stride_qh, stride_qm, stride_qd)
+    k_ptrs = _pointers(k_ptr, b, h, offs_n, offs_d, stride_kb, stride_kh, stride_kn, stride_kd)
+    v_ptrs = _pointers(v_ptr, b, h, offs_n, offs_d, stride_vb, stride_vh, stride_vn, stride_vd)
+    do_ptrs = _pointers(do_ptr, b, h, offs_m, offs_d, stride_dob, stride_doh, stride_dom, stride_dod)
+    lse_ptrs = lse_ptr + pid_bh.to(tl.int64) * T + offs_m
+    delta_ptrs = delta_ptr + pid_bh.to(tl.int64) * T + offs_m
+    k = _load(k_ptrs, offs_n, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+    v = _load(v_ptrs, offs_n, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], COMPUTE_DTYPE)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], COMPUTE_DTYPE)
+    diagonal = start_n // BLOCK_M * BLOCK_M
+    full = tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M
+    for IS_FULL in tl.static_range(2):
+        start = full if IS_FULL else diagonal
+        stop = T if IS_FULL else tl.minimum(full, T)
+        for start_m in tl.range(start, stop, BLOCK_M):
+            step = tl.cast(start_m, tl.int64)
+            rows = start_m + offs_m
+            # Everything is transposed, so that p and ds are left operands, which may stay in registers. Beyond T, q and
+            # do are zero and p finite: nothing is added. lse and delta are loaded late: they would hold registers.
+            q = _load(q_ptrs + step * stride_qm, rows, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+            s_t = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
+            lse = _load_row(lse_ptrs + start_m, rows, T, EVEN_T) * LOG2_E
+            p_t = _probabilities(s_t * qk_scale, lse[None, :])
+            if not IS_FULL:
+                p_t = tl.where(rows[None, :] >= offs_n[:, None], p_t, 0.0)
+            do = _load(do_ptrs + step * stride_dom, rows, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+            dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=INPUT_PRECISION, out_dtype=COMPUTE_DTYPE)
+            dp_t = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
+            delta = _load_row(delta_ptrs + start_m, rows, T, EVEN_T)
+            ds_t = p_t * (dp_t - delta[None, :])
+            if not IS_FULL:
+                ds_t = tl.where(rows[None, :] > 0, ds_t, 0.0)  # as in the kernel above
+            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=INPUT_PRECISION, out_dtype=COMPUTE_DTYPE)
+
+    dk_ptrs = _pointers(dk_ptr, b, h, offs_n, offs_d, stride_dkb, stride_dkh, stride_dkn, stride_dkd)
+    dv_ptrs = _pointers(dv_ptr, b, h, offs_n, offs_d, stride_dvb, stride_dvh, stride_dvn, stride_dvd)
+    _store(dk_ptrs, dk * HEAD_DIM**-0.5, offs_n, T, offs_d, HEAD_DIM)
+    _store(dv_ptrs, dv, offs_n, T, offs_d, HEAD_DIM)
+
+
+def _launch(
+    kernel: triton.JITFunction, op: str, owns: str, strided: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
+) -> None:
+    """Run a kernel over all heads.
+
+    Args:
+        kernel: one of the three above.
+        op: its name in launch.ROWS.
+        owns: "block_m" or "block_n", the block that a program has for itself.
+        strided: (B, H, T, D) each, q first, in the kernel's order.
+        rows: lse and, backward, delta: (B, H, T), contiguous.
+    """
+    q = strided[0]
+    B, H, T, D = q.shape
+    if q.numel() == 0:
+        return
+    row = launch.lookup(op, q.device, q.element_size(), D)
+    with torch.cuda.device_of(q):
+        kernel[(triton.cdiv(T, getattr(row, owns)) * B * H,)](
+            *strided,
+            *rows,
+            *(stride for tensor in strided for stride in tensor.stride()),
+            H,
+            T,
+            HEAD_DIM=D,
+            BLOCK_D=max(16, triton.next_power_of_2(D)),
+            BLOCK_M=row.block_m,
+            BLOCK_N=row.block_n,
+            EVEN_T=T % row.block_m == 0 and T % row.block_n == 0,
+            COMPUTE_DTYPE=launch.compute_dtype(q.dtype),
+            INPUT_PRECISION=launch.fp32_dot_precision(),
+            num_warps=row.num_warps,
+            num_stages=row.num_stages,
+            maxnreg=row.max_registers,
+        )
+
+
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+    """Write o, (B, H, T, D), and return lse."""
+    lse = _empty_lse(q)
+    _launch(_attention_fwd_kernel, "attention", "block_m", (q, k, v, o), (lse,))
+    return lse
+
+
+def _backward(do, q, k, v, o, lse, dq, dk, dv) -> None:
+    """Write dq, dk and dv; all but lse are (B, H, T, D)."""
+    if do.stride(-1) != 1:
+        do = do.contiguous()
+    delta = torch.empty(lse.shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device)
+    _launch(_attention_bwd_dq_kernel, "attention_dq", "block_m", (q, k, v, o, do, dq), (lse, delta))
+    _launch(_attention_bwd_dkdv_kernel, "attention_dkdv", "block_n", (q, k, v, do, dk, dv), (lse, delta))
+
+
+def _lse_dtype(itemsize: int) -> torch.dtype:
+    return torch.float32 if itemsize == 2 else torch.float64
+
+
+def _empty_lse(q: torch.Tensor) -> torch.Tensor:
+    return torch.empty(q.shape[:-1], dtype=_lse_dtype(q.element_size()), device=q.device)
+
+
+def _heads(x: torch.Tensor, n_head: int) -> torch.Tensor:
+    """(B, T, C) as a view of (B, H, T, D)."""
+    return x.unflatten(-1, (n_head, x.shape[-1] // n_head)).transpose(1, 2)
+
+
+def _split_heads(qkv: torch.Tensor, n_head: int) -> list[torch.Tensor]:
+    """(B, T, 3C) as three views of (B, H, T, D)."""
+    return [_heads(part, n_head) for part in qkv.chunk(3, dim=-1)]
+
+
+@torch.library.custom_op("tritongpt::attention", mutates_args=())
+def _attention(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    B, T, width = qkv.shape
+    o = torch.empty((B, T, width // 3), dtype=qkv.dtype, device=qkv.device)
+    lse = _forward(*_split_heads(qkv, n_head), _heads(o, n_head))
+    return o, lse
+
+
+@torch.library.custom_op("tritongpt::attention_backward", mutates_args=())
+def _attention_backward(
+    do: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, n_head: int
+) -> torch.Tensor:
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    q, k, v = _split_heads(qkv, n_head)
+    _backward(_heads(do, n_head), q, k, v, _heads(o, n_head), lse, *_split_heads(dqkv, n_head))
+    return dqkv
+
+
+@torch.library.custom_op("tritongpt::attention_qkv", mutates_args=())
+def _attention_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return o, _forward(q, k, v, o)
+
+
+@torch.library.custom_op("tritongpt::attention_qkv_backward", mutates_args=())
+def _attention_qkv_backward(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    _backward(do, q, k, v, o, lse, dq, dk, dv)
+    return dq, dk, dv
+
+
+@_attention.register_fake
+def _(qkv, n_head):
+    B, T, width = qkv.shape
+    o = torch.empty((B, T, width // 3), dtype=qkv.dtype, device=qkv.device)
+    return o, _empty_lse(_heads(o, n_head))
+
+
+@_attention_backward.register_fake
+def _(do, qkv, o, lse, n_head):
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+
+
+@_attention_qkv.register_fake
+def _(q, k, v):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), _empty_lse(q)
+
+
+@_attention_qkv_backward.register_fake
+def _(do, q, k, v, o, lse):
+    return tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+
+
+def _save(ctx, inputs, output):
+    qkv, ctx.n_head = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, do, _):
+    return _attention_backward(do, *ctx.saved_tensors, ctx.n_head), None
+
+
+def _save_qkv(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_qkv(ctx, do, _):
+    return _attention_qkv_backward(do, *ctx.saved_tensors)
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+_attention_qkv.register_autograd(_differentiate_qkv, setup_context=_save_qkv)
+
+
+@typing.overload
+def causal_attention(qkv: torch.Tensor, n_head: int, /) -> torch.Tensor: ...
+
+
+@typing.overload
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, /) -> torch.Tensor: ...
+
+
+def causal_attention(q, k, v=None, /):
+    """Causal self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762): softmax(q·kᵀ/√D, over the
+    positions not after the query's)·v, by FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
+
+    `causal_attention(qkv, n_head)` takes the packed projections, `causal_attention(q, k, v)` separate tensors.
+
+    Args:
+        qkv: (B, T, 3C), query, key and value side by side in that order; each is n_head heads of D = C/n_head.
+        n_head: number of heads, a divisor of C.
+        q, k, v: (B, H, T, D) each.
+
+    Tensors may have any strides; T is any, D from 1 to 128; the dtype is fp32, fp16 or bf16 (fp64 for gradcheck). Under
+    autocast they are cast to its dtype, as for torch's scaled_dot_product_attention.
+
+    Returns:
+        (B, T, C), heads side by side, or (B, H, T, D); contiguous, in the inputs' dtype. Softmax and all sums are fp32
+        (fp64 in fp64). Products of fp32 inputs are IEEE, or TF32 where torch's own matmuls are.
+
+    Raises:
+        ValueError: D is above 128, n_head does not divide C, q, k and v differ in shape, dtype or device, or no kernel
+            takes the dtype.
+    """
+    if v is None:
+        qkv, n_head = _autocast(q), k
+        if qkv.dim() != 3 or qkv.shape[-1] % 3 or n_head < 1 or qkv.shape[-1] // 3 % n_head:
+            raise ValueError(f"qkv is (B, T, 3C) and n_head divides C; got {tuple(qkv.shape)} and {n_head} heads")
+        _check(qkv.dtype, qkv.shape[-1] // 3 // n_head)
+        return _attention(qkv, n_head)[0]
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    if q.dim() != 4 or not all((x.shape, x.dtype, x.device) == (q.shape, q.dtype, q.device) for x in (k, v)):
+        what = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"q, k and v are (B, H, T, D), alike in shape, dtype and device; got {what}")
+    _check(q.dtype, q.shape[-1])
+    return _attention_qkv(q, k, v)[0]
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """What autocast would make of an input: it does not reach custom ops."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _check(dtype: torch.dtype, head_dim: int) -> None:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise ValueError(f"attention takes fp32, fp16 or bf16, and was given {dtype}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"attention takes a head_dim of 1 to {MAX_HEAD_DIM}, and was given {head_dim}")
+
+
+def forward_cost(B: int, H: int, T: int, D: int, itemsize: int) -> Cost:
+    """q, k and v are read, o and lse written; half of two products of T×T by D."""
+    return Cost(B * H * T * (4 * D * itemsize + _lse_dtype(itemsize).itemsize), 2 * B * H * T * T * D)
+
+
+def backward_cost(B: int, H: int, T: int, D: int, itemsize: int) -> Cost:
+    """q, k, v, o, do and lse are read, dq, dk and dv written; half of five products, as the field counts: seven are
+    executed, since dq has a pass of its own."""
+    return Cost(B * H * T * (8 * D * itemsize + _lse_dtype(itemsize).itemsize), 5 * B * H * T * T * D)
