@@ -116,7 +116,7 @@ def _differentiate(ctx, dy):
     if ctx.needs_input_grad[1]:
         dtoken = torch.ops.aten.embedding_dense_backward(dy.to(token_dtype), idx, ctx.vocab_size, -1, False)
     if ctx.needs_input_grad[2]:
-        dposition = dy.sum(0, dtype=position_dtype)
+        dposition = dy.sum(0).to(position_dtype)
         if idx.shape[1] < ctx.block_size:
             dposition = F.pad(dposition, (0, 0, 0, ctx.block_size - idx.shape[1]))
     return None, dtoken, dposition

@@ -120,7 +120,8 @@ def _layer_norm_bwd_kernel(
         dy = tl.load(dy_ptr + _offsets(rows, stride_dy, cols, ALIGN), mask=mask, other=0.0).to(COMPUTE_DTYPE)
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
-        x_hat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        # Beyond the row x_hat is not 0, but dy is, and with it every product of the two.
+        x_hat = (x - mean[:, None]) * rstd[:, None]
         wdy = dy * weight[None, :]
         along_x_hat = tl.sum(wdy * x_hat, 1) / N_COLS
         along_ones = tl.sum(wdy, 1) / N_COLS

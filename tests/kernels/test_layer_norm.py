@@ -193,7 +193,7 @@ def test_both_forwards_sum_a_row_in_the_same_order_on_a_gpu():
 VIEWS = {
     "a transposed batch": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "columns apart": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "rows of a wider matrix": lambda x: torch.cat([x, x + 1, x], -1)[..., x.shape[-1] : 2 * x.shape[-1]],
+    "rows of a wider matrix": lambda x: torch.cat([x + 1, x, x[..., :1]], -1)[..., x.shape[-1] : -1],
     "at an odd offset": lambda x: torch.cat([x, x], -1).flatten()[3 : 3 + x.numel()].view_as(x),
     "every other row": lambda x: x.repeat_interleave(2, 1)[:, ::2],
     "one row": lambda x: x[:, :1].expand_as(x),
@@ -205,9 +205,24 @@ VIEWS = {
 def test_any_strides(view):
     inputs = {"residual": normal(2, 5, 48, mean=5.0), "branch": normal(2, 5, 48, seed=1)}
     inputs |= {"weight": normal(48, mean=1.0, seed=2), "bias": normal(48, seed=3)}
-    strided = {name: view(inputs[name]) for name in ("residual", "branch")}
-    assert_both_no_worse(inputs | strided)
-    assert_both_no_worse(inputs, [view(gradient) for gradient in gradients_of(inputs)])
+    dresidual, dy = gradients_of(inputs)
+    # One at a time: nobody may take the strides of another.
+    assert_both_no_worse(inputs | {"residual": view(inputs["residual"])}, [view(dresidual), dy])
+    assert_both_no_worse(inputs | {"branch": view(inputs["branch"])}, [dresidual, view(dy)])
+
+
+def test_the_compiler_is_told_what_divides_every_stride():
+    # What it makes of a wrong answer, a misaligned access, only shows on a GPU.
+    for strides, aligned in (
+        ((768, 1600), 16),
+        ((768, 5000), 8),
+        ((768, 1023), 1),
+        ((0, 100), 4),
+        ((2**30, 2**31 + 2), 2),
+    ):
+        rows = [torch.empty(0, device=DEVICE).as_strided((0, 8), (stride, 1)) for stride in strides]
+        _, constants = kernel_file._launch_constants("layer_norm", normal(3, 8), *rows, None)
+        assert constants["ALIGN"] == aligned
 
 
 def test_strided_weights():
@@ -263,9 +278,8 @@ def test_no_rows():
         assert not results["dweight"].any() and not results["dbias"].any()
 
 
-@pytest.mark.parametrize("n_programs", [1, 2])
-def test_gradcheck(n_programs, monkeypatch):
-    monkeypatch.setattr(launch, "n_programs", lambda device: n_programs)
+def test_gradcheck(monkeypatch):
+    monkeypatch.setattr(launch, "n_programs", lambda device: 2)
     inputs = {name: x.requires_grad_() for name, x in inputs_of(3, 6, torch.float64, mean=1.0).items()}
     assert torch.autograd.gradcheck(layer_norm, tuple(without_branch(inputs).values()))
     assert torch.autograd.gradcheck(add_layer_norm, tuple(inputs.values()))
