@@ -7,7 +7,6 @@ it is what the loop calls.
 import contextlib
 import dataclasses
 import json
-import math
 import shutil
 import sys
 import time
@@ -144,6 +143,8 @@ def train(
     autocast = torch.autocast(world.device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
     grad_mode = contextlib.nullcontext() if not config.inference_only else torch.no_grad()
     grad_accum_steps = config.grad_accum_steps(world.size)
+    if not config.inference_only:
+        distributed.settle_buckets(model, world, (config.batch_size, config.sequence_length), autocast)
     peak = peak_flops(device_name(world), config.dtype, config.tensorcores)
     step_times = []
 
@@ -194,7 +195,7 @@ def train(
             objection = state.guard.objection(where, loss, norm)
             if objection:
                 say(world, objection)
-            optim.update(optimizer, scaler, accepted=not objection, finite=math.isfinite(loss + norm))
+            optim.update(optimizer, scaler, accepted=not objection)
         state.step = step + 1
         distributed.wait_for_device(world)
         seconds = time.perf_counter() - started

@@ -91,7 +91,7 @@ def _arguments(folder: Path, n_ranks: int, zero_stage: int) -> list[str]:
         "device": "cpu",
         "batch_size": 4,
         "sequence_length": 16,
-        "total_batch_size": 4 * 16 * n_ranks * 2,
+        "total_batch_size": 4 * 16 * n_ranks * 2,  # two micro-steps
         "num_iterations": STEPS,
         "shuffle": 1,
         "zero_stage": zero_stage,

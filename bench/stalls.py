@@ -50,7 +50,7 @@ def measure(model: str, saves: int, folder: Path, threads: int) -> dict[str, flo
         _, loss = gpt(*loader.next_batch(), return_logits=False)
         loss.backward()
         optim.clip_gradients(params.values(), 1.0)
-        optim.update(optimizer, scaler, accepted=True, finite=True)
+        optim.update(optimizer, scaler, accepted=True)
         state.step += 1
         return time.perf_counter() - started
 

@@ -210,6 +210,26 @@ def shard(gpt: GPT, zero_stage: int, dtype: str, compile: bool) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
+def settle_buckets(model: torch.nn.Module, world: World, shape: tuple[int, int], autocast: torch.autocast) -> None:
+    """Make a pass for nothing, after which the steps of a resumed run add up as those of one that was never cut.
+
+    DDP lays its buckets out anew after its first backward pass, and with more than two ranks the place of a gradient
+    decides the order in which its sum is taken.
+
+    Args:
+        model: from `spread`; without DDP nothing happens.
+        world: the ranks.
+        shape: (B, T) of the batches to come, so that nothing is compiled for another.
+        autocast: what forward passes run in.
+    """
+    if isinstance(model, DistributedDataParallel) and world.size > 2:
+        idx = torch.zeros(shape, dtype=torch.int64, device=world.device)
+        with autocast:
+            _, loss = model(idx, idx, return_logits=False)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+
 def synchronise_gradients(model: torch.nn.Module, now: bool, zero_stage: int) -> None:
     """Say whether the next forward and backward average the gradients, or leave them to accumulate on each rank."""
     if isinstance(model, DistributedDataParallel):

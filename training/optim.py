@@ -90,14 +90,12 @@ def clip_gradients(params: Iterable[torch.Tensor], max_norm: float) -> torch.Ten
     return norm
 
 
-def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, accepted: bool, finite: bool) -> None:
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, accepted: bool) -> None:
     """Make an update with the unscaled gradients, or skip it, and free them.
 
-    float16's loss scale falls where gradients were not finite. The scaler itself would look at this rank's shards
-    alone; `finite` is what all ranks agreed on.
+    float16's loss scale falls where gradients were not finite, on this rank or, if they are sharded, on any.
     """
     if accepted:
         scaler.step(optimizer)
-    if scaler.is_enabled():
-        scaler.update(None if finite else scaler.get_scale() * scaler.get_backoff_factor())
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)

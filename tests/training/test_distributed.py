@@ -5,11 +5,16 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from data.tokenizer import vocabulary_files
 from model import hf, llmc
 from model.gpt import GPT, GPTConfig
+from tests.conftest import TINY
 from tests.training.conftest import keep_gradients, same_weights, weights_of
+from training import distributed
 
 STRIDE = 8  # sequences that all ranks read in a micro-step
 FLAGS = {
@@ -37,6 +42,9 @@ def test_ranks_train_like_one_process(run_ranks, reference, tmp_path, ranks, zer
         run = run_ranks(0, keep_gradients, (tmp_path,), batch_size=STRIDE, **FLAGS)
         reference |= {"metrics": run.metrics, "val": validations(run), "weights": weights_of(run)}
         reference["gradients"] = torch.load(tmp_path / "gradients_0.pt")
+        for gradients, line in zip(reference["gradients"], run.metrics, strict=True):
+            after_clip = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+            assert after_clip == pytest.approx(min(line["norm"], 0.7), rel=1e-4)
         assert any(line["norm"] > 0.7 for line in run.metrics)  # the clip has something to do
     run = run_ranks(
         ranks, keep_gradients, (tmp_path,), batch_size=STRIDE // ranks, zero_stage=zero_stage, sample_every=0, **FLAGS
@@ -82,27 +90,36 @@ def test_stages_2_and_3_are_the_same_bits_in_bfloat16(run_ranks):
     assert second.losses == pytest.approx(autocast.losses, rel=1e-4)
 
 
-def overflow_once(rank: int) -> None:
-    """Make the gradients of the second step overflow on the last rank alone."""
-    import train
-
-    backward, calls = torch.Tensor.backward, []
+def overflow_once(rank: int, zero_stage: int) -> None:
+    """Make gradients of the second step overflow on the last rank: all of its own, or one in its shard."""
+    backward, unscale, calls = torch.Tensor.backward, torch.amp.GradScaler.unscale_, []
 
     def blow_up(loss):
         calls.append(loss)
-        backward(loss * (torch.inf if len(calls) == 4 and rank == train.distributed.dist.get_world_size() - 1 else 1))
+        backward(loss * (torch.inf if zero_stage < 2 and len(calls) == 4 and rank == 1 else 1))
 
-    torch.Tensor.backward = blow_up
+    def unscale_after(self, optimizer):
+        if zero_stage == 3 and len(calls) == 4 and rank == 1:
+            next(p for group in optimizer.param_groups for p in group["params"]).grad.to_local().view(-1)[0] = torch.inf
+        unscale(self, optimizer)
+
+    torch.Tensor.backward, torch.amp.GradScaler.unscale_ = blow_up, unscale_after
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
-def test_float16_lowers_its_scale_on_all_ranks_at_once(run_ranks, zero_stage):
-    run = run_ranks(2, overflow_once, zero_stage=zero_stage, dtype="float16", checkpoint_every=3, batch_size=4, **FLAGS)
+def test_float16_lowers_its_scale_on_all_ranks_at_once_and_resumes_with_it(run_ranks, zero_stage):
+    flags = FLAGS | {"zero_stage": zero_stage, "dtype": "float16", "checkpoint_every": 3, "batch_size": 4, "keep": 9}
+    run = run_ranks(2, overflow_once, (zero_stage,), **flags)
     assert [line["skipped"] for line in run.metrics] == [0] + [1] * 7
     assert run.losses[-1] < run.losses[0]
     assert "step 2, " in run.screen and "update skipped" in run.screen
-    scaler = json.loads((run.output_dir / "checkpoints" / "step_8" / "state.json").read_text())["scaler"]
-    assert scaler["scale"] == 65536 / 2
+    again = run_ranks(2, **flags, resume=run.output_dir / "checkpoints" / "step_3")
+    assert again.losses == run.losses[3:] and same_weights(again, run)
+    assert [line["skipped"] for line in again.metrics] == [1] * 5
+    for folder in (run.output_dir, again.output_dir):
+        assert (
+            json.loads((folder / "checkpoints" / "step_8" / "state.json").read_text())["scaler"]["scale"] == 65536 / 2
+        )
 
 
 def test_files_do_not_depend_on_the_stage(run_ranks, tmp_path):
@@ -123,6 +140,16 @@ def test_files_do_not_depend_on_the_stage(run_ranks, tmp_path):
     assert all(torch.equal(exported[name], weight) for name, weight in weights.items())
 
 
+def test_check_on_every_rank(run_ranks):
+    """It comes before anything is sharded, so that each rank has the whole network; nothing is written."""
+    screens = []
+    for zero_stage in (0, 3):
+        run = run_ranks(2, zero_stage=zero_stage, check=1)
+        screens.append(run.screen)
+        assert not run.output_dir.exists()
+    assert screens[0] == screens[1] and "no worse than eager" in screens[0]
+
+
 def test_samples_at_every_stage(run_ranks, tmp_path):
     """GPT-2's vocabulary, so that there are samples; every rank takes part in them and the text is the same."""
     small = GPTConfig(block_size=32, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
@@ -131,6 +158,38 @@ def test_samples_at_every_stage(run_ranks, tmp_path):
     screens = [run_ranks(2, zero_stage=stage, **flags).screen for stage in (0, 3)]
     samples = [[line for line in screen.splitlines() if line.startswith("sample: ")] for screen in screens]
     assert len(samples[0]) == 3 and samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_gradients_are_reduced_in_the_last_micro_step_alone(zero_stage):
+    """One process plays a rank of two, in a group that computes nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        gpt = GPT(TINY)
+        world = distributed.World(0, 0, 2, torch.device("cpu"), distributed=True)
+        model, _ = distributed.spread(gpt, world, zero_stage, "float32", compile=False)
+        params = dict(gpt.named_parameters())
+        reduced = []
+
+        def reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            reduced.append(bucket.index())
+            future: torch.futures.Future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        if zero_stage < 2:
+            model.register_comm_hook(None, reduce)
+        idx = torch.arange(32)[None] % TINY.vocab_size
+        kept = []
+        for micro_step in range(3):
+            distributed.synchronise_gradients(model, micro_step == 2, zero_stage)
+            model(idx, idx, return_logits=False)[1].backward()
+            was_reduced = bool(reduced) if zero_stage < 2 else all(p.grad is not None for p in params.values())
+            assert was_reduced == (micro_step == 2)
+            kept.append(isinstance(next(gpt.parameters()), DTensor))
+        assert kept == ([False] * 3 if zero_stage == 0 else [zero_stage == 3] * 2 + [True])  # sharded again
+    finally:
+        dist.destroy_process_group()
 
 
 def without_code_generation(rank: int) -> None:
