@@ -2,8 +2,9 @@
 
 First op by op: the forward pass runs in eager, and every op that it calls is called again with the backend under test
 on the same inputs, forward and backward, at full size. Then the network as a whole: its loss and the gradient of every
-parameter. Both are held to the rule of `kernels.accuracy`. Where something is off, the first op named is the one to
-mend: what comes after it in the network is not touched by its error.
+parameter. Both are held to the rule of `kernels.accuracy`. Biases and LayerNorms are disturbed first: fresh ones are
+zero or one, and would hide a kernel that forgets them. Where something is off, the first op named is the one to mend:
+what comes after it in the network is not touched by its error.
 """
 
 from collections.abc import Callable
@@ -45,6 +46,7 @@ def check(gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, say: C
     Returns:
         True where every op and every gradient is within its tolerance.
     """
+    gpt = _disturbed(gpt)
     off: list[str] = []
 
     def report(name: str, comparisons: list[Comparison]) -> None:
@@ -169,6 +171,17 @@ def _with_ops(gpt: GPT, ops: Ops) -> GPT:
     copy = GPT(gpt.config, ops, init=False)
     copy.load_state_dict(gpt.state_dict())
     return copy.to(next(gpt.parameters()).device)
+
+
+def _disturbed(gpt: GPT) -> GPT:
+    """A copy of the network in which no bias is zero and no LayerNorm's weight one."""
+    copy = _with_ops(gpt, gpt.ops)
+    generator = torch.Generator().manual_seed(42)
+    with torch.no_grad():
+        for param in copy.parameters():
+            if param.dim() == 1:
+                param += 0.1 * torch.randn(param.shape, generator=generator).to(param)
+    return copy
 
 
 def _slice_length(gpt: GPT, x: torch.Tensor) -> int:

@@ -65,6 +65,16 @@ def test_what_is_right_passes(backend, dtype):
         assert f"\n{name.removeprefix('transformer.')} " in text
 
 
+def test_what_fresh_weights_would_hide():
+    """A LayerNorm that forgets its bias is right while the bias is zero."""
+
+    def forgets(x, weight, bias):
+        return EAGER.layer_norm(x, weight, 0 * bias)
+
+    right, lines = report_of(EAGER._replace(layer_norm=forgets))
+    assert not right and "the first: layer_norm 0 (" in lines[-1]
+
+
 def test_slices_of_the_batch_make_no_difference(monkeypatch):
     whole = report_of(broken("gelu", True))
     monkeypatch.setattr("training.check._SLICE_BYTES", 1)  # a sequence at a time
