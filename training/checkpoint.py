@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,8 @@ class Checkpoints:
             )
         )
         # A group of its own: the background must not get between the collectives of training.
-        self._group = dist.new_group(backend="gloo") if world.distributed and run_dir else None
+        timeout = timedelta(seconds=world.timeout_s)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world.distributed and run_dir else None
 
     def warm_up(self, state: TrainState) -> None:
         """Set aside the memory into which tensors are copied at a save, so that the first is no slower than others."""
