@@ -39,7 +39,7 @@ def training_step(
         _, loss = model(x, y, return_logits=False)
     loss.backward()
     optim.clip_gradients(gpt.parameters(), 1.0)
-    optim.update(optimizer, torch.amp.GradScaler(enabled=False), accepted=True, finite=True)
+    optim.update(optimizer, torch.amp.GradScaler(enabled=False), accepted=True)
     return loss.detach()
 
 
