@@ -11,5 +11,5 @@ class Cost(NamedTuple):
     flops: int
     """additions and multiplications; a transcendental function counts as one"""
 
-    def __add__(self, other: "Cost") -> "Cost":  # type: ignore[override]
+    def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.bytes + other.bytes, self.flops + other.flops)
