@@ -159,6 +159,19 @@ def test_gradients_of_any_strides(make):
     assert_packed_no_worse(normal(3, 33, 3 * 40, dtype=BF16), do)
 
 
+@pytest.mark.parametrize(("T", "D", "dtype"), [(48, 128, FP32), (33, 20, FP32), (96, 64, BF16), (33, 20, BF16)])
+def test_what_lies_beyond_a_tensor_is_not_read(T, D, dtype):
+    """NaNs lie there, which no mask after the load turns to 0. 48 and 96 are multiples of one block and not of both."""
+
+    def walled(x):
+        within = torch.full((1, 1, T + 64, D + 16), float("nan"), dtype=dtype, device=DEVICE)[:, :, :T, :D]
+        return within.copy_(x)
+
+    inputs, do = inputs_of(1, 1, T, D, dtype=dtype), normal(1, 1, T, D, dtype=dtype, seed=9)
+    got = results(causal_attention, {name: walled(x) for name, x in inputs.items()}, walled(do))
+    assert_same_bits(got, results(causal_attention, inputs, do))
+
+
 @pytest.mark.parametrize("spread", [0, 1, 2], ids=["batch", "head", "position"])
 def test_offsets_past_int32(spread, monkeypatch):
     """Two steps of 2^30 elements along one dimension. No memory is committed for what lies between."""
