@@ -7,6 +7,7 @@ zero or one, and would hide a kernel that forgets them. Where something is off, 
 what comes after it in the network is not touched by its error.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,18 +17,8 @@ from kernels.accuracy import Comparison, compare, outputs_and_gradients
 from kernels.ops import EAGER, Ops
 from model.gpt import GPT
 
-# The inputs of each op, and how many rows stand behind each: those along the batch are sliced, the others are weights,
-# whose gradients are sums over the batch.
+# Arguments of ops that go along the batch, and are sliced; the others are weights, whose gradients are sums over it.
 _BATCHED = {"idx", "x", "residual", "branch", "qkv", "logits", "hidden", "targets"}
-_INPUTS = {
-    "embedding": ("idx", "token_weight", "position_weight"),
-    "layer_norm": ("x", "weight", "bias"),
-    "add_layer_norm": ("residual", "branch", "weight", "bias"),
-    "gelu": ("x",),
-    "attention": ("qkv", "n_head"),
-    "cross_entropy": ("logits", "targets"),
-    "linear_cross_entropy": ("hidden", "weight", "targets"),
-}
 _SLICE_BYTES = 2**28
 """what the largest float64 matrix may take: eager and the truth are computed a few sequences at a time, because they
 hold a (T, T) matrix a head, and all logits"""
@@ -81,11 +72,14 @@ def _compare_ops(
     n_slice = _slice_length(gpt, x)
 
     def watched(op: str) -> Callable:
+        oracle = getattr(EAGER, op)
+        arguments = inspect.signature(oracle).parameters
+
         def call(*inputs: Any) -> Any:
-            outputs = getattr(EAGER, op)(*inputs)
+            outputs = oracle(*inputs)
             name = f"{op} {counts[op]}"
             counts[op] += 1
-            named = dict(zip(_INPUTS[op], inputs, strict=True))
+            named = dict(zip(arguments, inputs, strict=True))
             report(name, _compare_call(op, getattr(gpt.ops, op), named, outputs, n_slice, dtype))
             return outputs
 
