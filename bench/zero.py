@@ -8,8 +8,7 @@ backward pass, AdamW's moments after the update.
 Rajbhandari et al. 2019 (https://arxiv.org/abs/1910.02054), section 5, for Ψ parameters on N ranks, with 4 bytes a
 parameter and a gradient and K = 8 for two moments: (4 + 4 + K)Ψ, then 4Ψ + 4Ψ + KΨ/N, 4Ψ + (4 + K)Ψ/N and
 (4 + 4 + K)Ψ/N. At stage 2, FSDP2 keeps the parameters in use beside the shard that AdamW updates, which is the paper's
-fp32 master copy, and so K = 12 there. At stage 1, ZeroRedundancyOptimizer deals out whole tensors, so that on many
-ranks the one with the token embedding holds more than the others.
+fp32 master copy, and so K = 12 there.
 """
 
 import argparse
@@ -70,7 +69,7 @@ def held(config: GPTConfig, zero_stage: int, rank: int, ranks: int) -> Held:
         loss.backward()
         gradients = _bytes(p.grad for p in params.values())
         optimizer.step()
-        state = optim.local_state(optimizer)
+        state = optim.adamw_state(optimizer)
         moments = _bytes(kind[name] for kind in state.values() for name in ("exp_avg", "exp_avg_sq"))
         return Held(in_use, gradients, moments)
     finally:

@@ -68,7 +68,7 @@ class TrainState:
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """The weights and AdamW's state of this rank, under names that no stage and no number of ranks changes."""
         names = {p: name for name, p in self.params.items()}
-        adam = optim.local_state(self.optimizer)
+        adam = optim.adamw_state(self.optimizer)
         return {
             "model": {name: p.detach() for name, p in self.params.items()},
             "optimizer": {f"{names[p]}.{kind}": value for p in adam for kind, value in adam[p].items()},
@@ -205,14 +205,13 @@ class Checkpoints:
         state.load_record(read_record(folder))
 
     def _share(self, state: TrainState) -> dict[str, dict[str, torch.Tensor]]:
-        """What this rank writes: its shards, what it alone has, and its part of what all ranks have alike."""
+        """What this rank writes: its shards, and its part of what all ranks have alike."""
         shares, sizes = {}, [0] * self.world.size
         for part, tensors in state.tensors().items():
             shares[part] = {}
-            alone = part == "optimizer" and optim.is_zero_1(state.optimizer)
             for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
                 owner = self.world.rank
-                if not alone and not isinstance(tensor, DTensor):
+                if not isinstance(tensor, DTensor):
                     owner = sizes.index(min(sizes))
                     sizes[owner] += tensor.nbytes
                 if owner == self.world.rank:

@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from training.config import Config
 from training.distributed import full
+from training.zero import ShardedAdamW
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
@@ -47,35 +47,29 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW (https://arxiv.org/abs/1711.05101), fused on CUDA; at ZeRO stage 1 each rank keeps the state of a part of
-    the parameters (https://arxiv.org/abs/1910.02054)."""
+    """AdamW (https://arxiv.org/abs/1711.05101), fused on CUDA; at ZeRO stage 1 each rank keeps a shard of its state."""
     groups = parameter_groups(model, config.weight_decay)
     on_cuda = groups[0]["params"][0].is_cuda
     options = {"lr": config.learning_rate, "betas": BETAS, "eps": EPS, "fused": on_cuda}
     if config.zero_stage == 1:
-        return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)
+        return ShardedAdamW(groups, **options)
     return torch.optim.AdamW(groups, **options)
 
 
-def is_zero_1(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether each rank has the state of its part of the parameters alone."""
-    return isinstance(optimizer, ZeroRedundancyOptimizer)
+def adamw_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    """AdamW's step, exp_avg and exp_avg_sq of each parameter, or this rank's shards of them.
 
-
-def local_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    """AdamW's state of the parameters that this rank updates: step, exp_avg and exp_avg_sq of each.
-
-    AdamW makes it at its first update; what is not there yet is made here in the same way, so that it can be saved
-    before, and be loaded into. ZeroRedundancyOptimizer's own state_dict would gather the state of all ranks on one.
+    AdamW makes them at its first update; what is not there yet is made here in the same way, so that it can be saved
+    before, and be loaded into.
     """
-    local = optimizer.optim if is_zero_1(optimizer) else optimizer
-    for group in local.param_groups:
+    adamw = optimizer.adamw if isinstance(optimizer, ShardedAdamW) else optimizer
+    for group in adamw.param_groups:
         for p in group["params"]:
-            if p not in local.state:
+            if p not in adamw.state:
                 step = torch.zeros((), dtype=torch.float32, device=p.device if group["fused"] else "cpu")
                 moments = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
-                local.state[p] = {"step": step, **moments}
-    return local.state
+                adamw.state[p] = {"step": step, **moments}
+    return optimizer.sharded_state() if isinstance(optimizer, ShardedAdamW) else adamw.state
 
 
 def clip_gradients(params: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:

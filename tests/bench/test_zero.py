@@ -13,12 +13,12 @@ def test_formula_is_the_papers():
     assert [zero.formula(10, stage, 4) for stage in range(4)] == [160, 100, 80, 40]
 
 
-@pytest.mark.parametrize(("zero_stage", "ranks"), [(0, 2), (1, 2), (1, 4), (2, 1), (2, 4), (3, 1), (3, 4)])
+@pytest.mark.parametrize(("zero_stage", "ranks"), [(0, 2), (1, 2), (1, 4), (1, 8), (2, 1), (2, 4), (3, 1), (3, 4)])
 def test_ranks_hold_what_the_paper_says(zero_stage, ranks):
     held = [zero.held(SMALL, zero_stage, rank, ranks) for rank in range(ranks)]
     paper = zero.formula(SMALL.num_params(), zero_stage, ranks)
     assert sum(rank.total for rank in held) / ranks == pytest.approx(paper, rel=0.01)
-    assert max(rank.total for rank in held) == pytest.approx(paper, rel=0.1)
+    assert max(rank.total for rank in held) == pytest.approx(paper, rel=0.03)
     whole = 4 * SMALL.num_params()
     assert held[0].gradients == pytest.approx(whole if zero_stage < 2 else whole / ranks, rel=0.01)
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from data.tokenizer import vocabulary_files
@@ -14,7 +14,7 @@ from model import hf, llmc
 from model.gpt import GPT, GPTConfig
 from tests.conftest import TINY
 from tests.training.conftest import keep_gradients, same_weights, weights_of
-from training import distributed
+from training import distributed, zero
 
 STRIDE = 8  # sequences that all ranks read in a micro-step
 FLAGS = {
@@ -77,6 +77,29 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
     """Within 1e-5 of the tensor's largest element."""
     off = (ours - theirs).abs().max() / theirs.abs().max()
     assert off < 1e-5, f"{what} is off by {off:.1e}"
+
+
+def small_buckets(rank: int) -> None:
+    """So that the tiny network's weights travel in several messages."""
+    zero.BUCKET_BYTES = 2**14
+
+
+def test_stages_0_and_1_are_the_same_bits_on_three_ranks(run_ranks):
+    """Nothing but the update differs, and three ranks divide no dimension of the network."""
+    flags = FLAGS | {"batch_size": 2, "total_batch_size": 192}
+    plain, sharded = (run_ranks(3, small_buckets, zero_stage=stage, **flags) for stage in (0, 1))
+    assert sharded.losses == plain.losses and sharded.log == plain.log
+    assert same_weights(sharded, plain)
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(61, 3), (8, 2), (3, 4), (5, 4), (1, 1)])
+def test_rows_are_cut_as_a_sharded_tensor_has_them(rows, ranks):
+    tensor = torch.arange(2.0 * rows).view(rows, 2)
+    parts = zero._cut(tensor, ranks)
+    assert torch.equal(torch.cat(parts), tensor)
+    sizes = [Shard.local_shard_size_and_offset(rows, ranks, rank)[0] for rank in range(ranks)]
+    assert [len(part) for part in parts] == sizes
+    assert all(part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for part in parts)
 
 
 def test_stages_2_and_3_are_the_same_bits_in_bfloat16(run_ranks):
