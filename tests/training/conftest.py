@@ -70,3 +70,30 @@ def same_weights(a: Run, b: Run) -> bool:
     """Whether two runs ended with the same bits."""
     ours, theirs = weights_of(a), weights_of(b)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def assert_weights_agree(ours: Run, theirs: Run, rel: float) -> None:
+    """All weights as one vector, and each tensor by its largest element, are the same but for `rel`.
+
+    In the second, the biases of the keys do not count: a softmax does not see what is added to all keys alike
+    (test_distributed.py has the proof), so that their gradient is rounding noise, which AdamW scales up.
+    """
+    ours_by_name, theirs_by_name = weights_of(ours), weights_of(theirs)
+    assert ours_by_name.keys() == theirs_by_name.keys()
+    all_ours, all_theirs = (torch.cat([w.flatten() for w in w_of.values()]) for w_of in (ours_by_name, theirs_by_name))
+    off = (all_ours - all_theirs).norm() / all_theirs.norm()
+    assert off < rel, f"all weights together are off by {off:.1e}"
+    for name, weight in theirs_by_name.items():
+        assert_close(without_keys(name, ours_by_name[name]), without_keys(name, weight), rel, name)
+
+
+def without_keys(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without the biases of the keys, if those are in it."""
+    q, _, v = tensor.tensor_split(3)
+    return torch.cat([q, v]) if name.endswith("c_attn.bias") else tensor
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, rel: float, what: str) -> None:
+    """No element is off by more than `rel` of the largest."""
+    off = (ours - theirs).abs().max() / theirs.abs().max()
+    assert off < rel, f"{what} is off by {off:.1e}"
