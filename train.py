@@ -30,7 +30,7 @@ from training.config import Config, parse
 from training.distributed import RunStopped, StopRequest, World
 from training.faults import UpdateGuard, Watchdog, compare_ranks
 from training.flops import flops_per_token, peak_flops
-from training.log import RunLog, peak_memory_mib
+from training.log import RunLog, peak_memory_mib, tell
 
 SEED = 42
 INTERRUPTED = 130
@@ -479,7 +479,7 @@ def step_line(metrics: dict[str, float | None], num_iterations: int) -> str:
 def say(world: World, line: str) -> None:
     """Print a line, once for all ranks."""
     if world.is_main:
-        print(line, flush=True)
+        tell(line)
 
 
 def device_name(world: World) -> str:

@@ -1,9 +1,11 @@
 """What a run leaves behind: main.log, metrics.jsonl, loss.png, and TensorBoard events on request."""
 
+import contextlib
 import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +22,9 @@ except ImportError:  # Windows
 class RunLog:
     """Records of one run, written as they come in, so that whatever stops the run leaves everything before it.
 
+    What cannot be written, because the disk is full or the folder was taken away, is no reason to stop a run: a warning
+    says so, and lines are kept until there is room for them.
+
     Args:
         output_dir: an existing folder, or None to keep nothing.
         title: what loss.png is headed with.
@@ -27,12 +32,20 @@ class RunLog:
         first_step: where a run goes on that was here before; what it recorded from this step on is forgotten.
 
     Raises:
-        BadInput: a file cannot be written, or tensorboard is not installed.
+        BadInput: what an earlier run left cannot be cut, or tensorboard is not installed.
     """
 
-    def __init__(self, output_dir: Path | None, title: str = "", tensorboard: bool = False, first_step: int = 0):
+    def __init__(
+        self,
+        output_dir: Path | None,
+        title: str = "",
+        tensorboard: bool = False,
+        first_step: int = 0,
+    ):
         self.output_dir = output_dir
         self.title = title
+        self._waiting = {"main.log": b"", "metrics.jsonl": b""}
+        self._refused: set[str] = set()
         self.train_losses: list[tuple[int, float]] = []
         self.val_losses: list[tuple[int, float]] = []
         self._events = _tensorboard_writer(output_dir, first_step) if tensorboard and output_dir else None
@@ -46,20 +59,16 @@ class RunLog:
         """
         step, loss = metrics["step"], metrics["loss"]
         self.train_losses.append((step, loss))
-        self._append("main.log", f"s:{step} trl:{loss:.6f}")
+        self._append("main.log", f"s:{step} trl:{loss:.6f}\n")
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
-        self._append("metrics.jsonl", json.dumps(finite))
-        if self._events:
-            for key in finite.keys() - {"step"}:
-                if finite[key] is not None:
-                    self._events.add_scalar(f"train/{key}", finite[key], step)
+        self._append("metrics.jsonl", json.dumps(finite) + "\n")
+        self._add_scalars(step, {f"train/{key}": value for key, value in finite.items() if key != "step"})
 
     def validation(self, step: int, loss: float) -> None:
         """Record a validation loss in nats, and draw loss.png anew."""
         self.val_losses.append((step, loss))
-        self._append("main.log", f"s:{step} tel:{loss:.6f}")
-        if self._events:
-            self._events.add_scalar("validation/loss", loss, step)
+        self._append("main.log", f"s:{step} tel:{loss:.6f}\n")
+        self._add_scalars(step, {"validation/loss": loss})
         self.draw()
 
     def draw(self) -> None:
@@ -77,14 +86,17 @@ class RunLog:
         axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=self.title)
         axes.grid(alpha=0.3)
         axes.legend()
-        with atomic_write(self.output_dir / "loss.png") as file:
+        with self._going_on("loss.png"), atomic_write(self.output_dir / "loss.png") as file:
             figure.savefig(file, format="png", dpi=120)
 
     def close(self) -> None:
-        """Draw the last picture and flush the events."""
+        """Draw the last picture and flush what was not written yet."""
         self.draw()
+        for name in self._waiting:
+            self._append(name, "")
         if self._events:
-            self._events.close()
+            with self._going_on("events.out.tfevents*"):
+                self._events.close()
 
     def _go_on_from(self, first_step: int) -> None:
         """Cut off the lines of steps that are to come, and one that was never finished; remember the others' losses."""
@@ -107,11 +119,31 @@ class RunLog:
         path = self.output_dir / name
         return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
 
-    def _append(self, name: str, line: str) -> None:
+    def _append(self, name: str, lines: str) -> None:
         if self.output_dir:
-            path = self.output_dir / name
-            with write_errors(path), open(path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            self._waiting[name] += lines.encode()
+            with self._going_on(name), open(self.output_dir / name, "ab", buffering=0) as file:
+                while self._waiting[name]:  # the last write to a disk that gets full may take a part
+                    self._waiting[name] = self._waiting[name][file.write(self._waiting[name]) :]
+
+    def _add_scalars(self, step: int, scalars: dict[str, float | None]) -> None:
+        if self._events:
+            with self._going_on("events.out.tfevents*"):
+                for name, value in scalars.items():
+                    if value is not None:
+                        self._events.add_scalar(name, value, step)
+
+    @contextlib.contextmanager
+    def _going_on(self, name: str) -> Iterator[None]:
+        """Warn of a file that cannot be written, once, until it can be again."""
+        try:
+            with write_errors(self.output_dir / name):
+                yield
+            self._refused.discard(name)
+        except BadInput as error:
+            if name not in self._refused:
+                tell(f"warning: {error}; the run goes on")
+            self._refused.add(name)
 
 
 def _tensorboard_writer(output_dir: Path, first_step: int):
@@ -120,6 +152,12 @@ def _tensorboard_writer(output_dir: Path, first_step: int):
     except ImportError as error:
         raise BadInput("--tensorboard 1 needs tensorboard: pip install -e '.[tensorboard]', or leave it out") from error
     return SummaryWriter(str(output_dir), purge_step=first_step or None)
+
+
+def tell(line: str) -> None:
+    """Print a line at once. That the screen is a file on a full disk is no reason to stop a run either."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def peak_memory_mib(device: torch.device) -> float | None:

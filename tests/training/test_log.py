@@ -1,14 +1,16 @@
 """The records of a run: llm.c's lines, JSON that parses, a picture that is one."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.image import imread
 
 from common import BadInput
-from training.log import RunLog, peak_memory_mib
+from training.log import RunLog, peak_memory_mib, resource, tell
 
 
 def test_main_log_has_llmc_lines_and_metrics_are_json(tmp_path):
@@ -41,6 +43,66 @@ def test_picture_shows_both_curves_and_is_redrawn(tmp_path):
     assert pixels(first, blue) == 0 and pixels(first, orange) > 20
     assert pixels(second, blue) > 500 and pixels(second, orange) > 300
     assert [path.name for path in tmp_path.glob("*.png")] == ["loss.png"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_full_disk_is_told_of_and_lines_wait(tmp_path, capsys):
+    log = RunLog(tmp_path)
+    log.train({"step": 0, "loss": 1.0})
+    main, kept = tmp_path / "main.log", tmp_path / "kept"
+    for times, written in ((1, 1), (2, 4)):  # full, and full again later
+        main.rename(kept)
+        main.symlink_to("/dev/full")
+        for step in (2 * times - 1, 2 * times):
+            log.train({"step": step, "loss": 1.0})
+        kept.rename(main)
+        assert len(main.read_text().splitlines()) == written
+        log.validation(2 * times, 1.0) if times == 1 else log.close()
+    order = ["0 trl", "1 trl", "2 trl", "2 tel", "3 trl", "4 trl"]
+    assert main.read_text().splitlines() == [f"s:{line}:1.000000" for line in order]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+    told = f"warning: cannot write {main}: No space left on device; free some space or choose another place"
+    assert capsys.readouterr().out.splitlines() == [f"{told}; the run goes on"] * 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_screen_on_a_full_disk(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        tell("a line")
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space"):
+            full.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that it can be closed
+
+
+def test_folder_that_is_gone_is_no_reason_to_stop(tmp_path, capsys):
+    log = RunLog(tmp_path / "run")
+    log.train({"step": 0, "loss": 1.0})
+    log.validation(1, 1.0)
+    (tmp_path / "run").mkdir()
+    log.close()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"main.log", "metrics.jsonl", "loss.png"}
+    assert (tmp_path / "run" / "main.log").read_text() == "s:0 trl:1.000000\ns:1 tel:1.000000\n"
+    assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == [
+        f"cannot write {tmp_path / 'run' / name}" for name in ("main.log", "metrics.jsonl", "loss.png")
+    ]
+
+
+@pytest.mark.skipif(resource is None, reason="Windows has no limits")
+def test_line_that_was_written_in_part_is_finished_later(tmp_path, capsys):
+    """The operating system takes a part of the last write that fits, as it does on a disk that gets full."""
+    log = RunLog(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (25, limits[1]))
+        for step in range(3):
+            log.train({"step": step, "loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "main.log").read_text() == "s:0 trl:1.000000\ns:1 trl:"
+    log.close()
+    assert (tmp_path / "main.log").read_text() == "".join(f"s:{step} trl:1.000000\n" for step in range(3))
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
