@@ -30,7 +30,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         self.rows = {p: _cut(p.detach(), self.size) for p in params}
         own = [group | {"params": [self.rows[p][self.rank] for p in group["params"]]} for group in self.param_groups]
-        self.adamw = torch.optim.AdamW(own)
+        self.adamw = torch.optim.AdamW(own, **options)
         self.buckets = list(_buckets(params))
         self.mesh = init_device_mesh(params[0].device.type, (self.size,))
 

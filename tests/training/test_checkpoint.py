@@ -1,6 +1,7 @@
 """Checkpoints: what is resumed is the run that was never cut; what is not whole is refused by name."""
 
 import ctypes
+import functools
 import json
 import os
 import re
@@ -47,17 +48,30 @@ def without_times(run) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in changing} for line in run.metrics]
 
 
-def test_cut_after_any_step_in_one_process(run_tiny):
-    whole = run_tiny(**FLAGS, checkpoint_every=1, keep=20)
+def assert_no_cut_shows(run, flags) -> None:
+    """Make a run, and make it again from each of its checkpoints."""
+    whole = run(**flags, checkpoint_every=1, keep=20)
     assert steps_there(whole) == list(range(20, 0, -1))
     for step in range(1, 20):
-        cut = run_tiny(**FLAGS, resume=whole.output_dir / "checkpoints" / f"step_{step}", output_dir=f"{step}_later")
-        try:
-            assert without_times(cut) == without_times(whole)[step:]
-            assert cut.log == [line for line in whole.log if int(re.match(r"s:(\d+)", line)[1]) >= step]
-            assert same_weights(cut, whole)
-        finally:
-            shutil.rmtree(cut.output_dir)
+        cut = run(
+            **flags,
+            resume=whole.output_dir / "checkpoints" / f"step_{step}",
+            output_dir=whole.output_dir.with_name(f"{step}_later"),
+        )
+        assert without_times(cut) == without_times(whole)[step:]
+        assert cut.log == [line for line in whole.log if int(re.match(r"s:(\d+)", line)[1]) >= step]
+        assert same_weights(cut, whole)
+
+
+def test_cut_after_any_step_in_one_process(run_tiny):
+    assert_no_cut_shows(run_tiny, FLAGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_cut_after_any_step_on_two_ranks(run_ranks, zero_stage):
+    flags = FLAGS | {"zero_stage": zero_stage, "batch_size": STRIDE // 2}
+    assert_no_cut_shows(functools.partial(run_ranks, 2), flags)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

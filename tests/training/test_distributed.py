@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from data.tokenizer import vocabulary_files
@@ -14,7 +14,7 @@ from model import hf, llmc
 from model.gpt import GPT, GPTConfig
 from tests.conftest import TINY
 from tests.training.conftest import assert_close, assert_weights_agree, keep_gradients, same_weights, weights_of
-from training import distributed, zero
+from training import distributed
 
 STRIDE = 8  # sequences that all ranks read in a micro-step
 FLAGS = {
@@ -76,29 +76,6 @@ def test_what_is_added_to_all_keys_changes_nothing():
                 p.tensor_split(3)[1].add_(0.5)
     after, _ = gpt(tokens, tokens)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-12)
-
-
-def small_buckets(rank: int) -> None:
-    """So that the tiny network's weights travel in several messages."""
-    zero.BUCKET_BYTES = 2**14
-
-
-def test_stages_0_and_1_are_the_same_bits_on_three_ranks(run_ranks):
-    """Nothing but the update differs, and three ranks divide no dimension of the network."""
-    flags = FLAGS | {"batch_size": 2, "total_batch_size": 192}
-    plain, sharded = (run_ranks(3, small_buckets, zero_stage=stage, **flags) for stage in (0, 1))
-    assert sharded.losses == plain.losses and sharded.log == plain.log
-    assert same_weights(sharded, plain)
-
-
-@pytest.mark.parametrize(("rows", "ranks"), [(61, 3), (8, 2), (3, 4), (5, 4), (1, 1)])
-def test_rows_are_cut_as_a_sharded_tensor_has_them(rows, ranks):
-    tensor = torch.arange(2.0 * rows).view(rows, 2)
-    parts = zero._cut(tensor, ranks)
-    assert torch.equal(torch.cat(parts), tensor)
-    sizes = [Shard.local_shard_size_and_offset(rows, ranks, rank)[0] for rank in range(ranks)]
-    assert [len(part) for part in parts] == sizes
-    assert all(part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for part in parts)
 
 
 def test_stages_2_and_3_are_the_same_bits_in_bfloat16(run_ranks):
