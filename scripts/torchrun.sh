@@ -11,10 +11,10 @@ cd "$(dirname "$0")/.."
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -un)}  # on the node: shared homes are slow, and race
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a store of its own for every round, also where nodes come and go
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 # Seconds that ranks have to finish their step and to save, once a signal came.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
 exec torchrun --nnodes "$NODES" --nproc_per_node "${RANKS_PER_NODE:-gpu}" --max-restarts "${RESTARTS:-3}" \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     --rdzv_backend c10d --rdzv_endpoint "$RENDEZVOUS" --rdzv_id "$RUN" \
     train.py --output_dir "runs/$RUN" --resume auto --checkpoint_every 500 "$@"

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,12 @@ def environment(tmp_path):
     }
 
 
+def wait_for_step_5(log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not (log.exists() and "s:5 trl" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def test_slurm_job_saves_when_its_time_is_up_and_goes_on_when_it_comes_back(environment, tiny, tmp_path):
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     flags = tiny | {"--num_iterations": "200", "--zero_stage": "1", "--output_dir": str(tmp_path / "run")}
@@ -64,9 +71,7 @@ def test_slurm_job_saves_when_its_time_is_up_and_goes_on_when_it_comes_back(envi
 
     first = job()
     log = tmp_path / "run" / "main.log"
-    deadline = time.monotonic() + 90
-    while not (log.exists() and "s:5 trl" in log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_step_5(log)
     first.send_signal(signal.SIGUSR1)
     screen, errors = first.communicate(timeout=90)
     assert first.returncode == 0, errors
@@ -81,6 +86,28 @@ def test_slurm_job_saves_when_its_time_is_up_and_goes_on_when_it_comes_back(envi
     assert [line.split(" ")[0] for line in steps] == [f"s:{step}" for step in range(200)]
     llmc.load_model(tmp_path / "run")
     assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_torchrun_script_passes_signals_on_and_goes_on(environment, tiny, tmp_path, number):
+    flags = tiny | {"--num_iterations": "1000", "--output_dir": str(tmp_path / "run")}
+    environment |= {"NODES": "1", "RENDEZVOUS": "localhost:0", "RUN": "tiny", "RANKS_PER_NODE": "2"}
+    command = [ROOT / "scripts" / "torchrun.sh", *command_line(flags)]
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step_5(tmp_path / "run" / "main.log")
+    first.send_signal(number)
+    screen, errors = first.communicate(timeout=90)
+    assert first.returncode == 1 and "SignalException" in errors  # torchrun's own
+    assert "stopped by SIGTERM or SIGUSR1 after step" in screen
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    again = subprocess.run(
+        [*command, "--resume_override", "1", "--num_iterations", folder.name.removeprefix("step_")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert again.returncode == 0 and f"resumed from {folder}" in again.stdout, again.stderr
 
 
 def test_torchrun_script(environment, tiny, tmp_path):
