@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 class BadInput(Exception):
     """Input that cannot be used. The message is one line that names the flag or the file and says what to do."""
@@ -54,3 +59,32 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, flag: str) -> Iterator[None]:
+    """Hold a folder against other processes that ask for it in the same way, until this one is done, or dead.
+
+    Where there are no locks for folders, as on NFS, nobody is kept out.
+
+    Args:
+        folder: an existing one.
+        flag: what named it, for the message.
+
+    Raises:
+        BadInput: another process holds it.
+    """
+    if not fcntl:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"{flag} {folder}: another run writes to it; wait for its end, or name another") from error
+        except OSError:  # no locks here
+            pass
+        yield
+    finally:
+        os.close(descriptor)

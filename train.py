@@ -15,7 +15,7 @@ from statistics import mean as average
 
 import torch
 
-from common import BadInput, atomic_write, exit_on_bad_input, write_errors
+from common import BadInput, atomic_write, exclusive, exit_on_bad_input, write_errors
 from data.loader import ShardLoader
 from data.prepare import prepare_pydoc, refuse_if_occupied
 from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding, token_bytes
@@ -42,13 +42,13 @@ STOPPED = 1
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (None: this process's own) and return the exit status."""
-    with exit_on_bad_input("train.py"):
+    with exit_on_bad_input("train.py"), contextlib.ExitStack() as held:
         config = parse(argv)
         try:
             world = distributed.start(config.device, config.zero_stage, config.timeout_s)
             watchdog = Watchdog(world)
             with watchdog.watching():
-                status = run(config, world, watchdog)
+                status = run(config, world, watchdog, held)
             distributed.stop(world)
             return status
         except RunStopped as stopped:
@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
             return STOPPED
 
 
-def run(config: Config, world: World, watchdog: Watchdog) -> int:
-    """Set everything up, train, and leave the results in the run directory."""
+def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitStack) -> int:
+    """Set everything up, train, and leave the results in the run directory, which is `held` against other runs."""
     given = config
     stop = StopRequest().install()
     torch.manual_seed(SEED)  # on every device, the same on every rank
@@ -73,7 +73,7 @@ def run(config: Config, world: World, watchdog: Watchdog) -> int:
     facts = run_facts(config, world, gpt)
     resumed = find_checkpoint(config, world, train_loader, facts)
     first_step = checkpoint.step_of(resumed) if resumed else 0
-    output_dir = distributed.on_main(world, lambda: make_output_dir(config, world, gpt, resumed))
+    output_dir = distributed.on_main(world, lambda: make_output_dir(config, world, gpt, resumed, held))
     log = RunLog(
         output_dir if world.is_main else None,
         f"{config.model} on {world.size} × {device_name(world)}",
@@ -365,11 +365,13 @@ def find_checkpoint(config: Config, world: World, loader: ShardLoader, facts: di
     return folder
 
 
-def make_output_dir(config: Config, world: World, gpt: GPT, resumed: Path | None) -> Path | None:
-    """Create the run directory, or go on in that of a checkpoint.
+def make_output_dir(
+    config: Config, world: World, gpt: GPT, resumed: Path | None, held: contextlib.ExitStack
+) -> Path | None:
+    """Create the run directory, or go on in that of a checkpoint, and hold it against other runs.
 
     Raises:
-        BadInput: it holds something else, or the disk cannot hold the weights.
+        BadInput: it holds something else, another run has it, or the disk cannot hold the weights.
     """
     if config.output_dir == "":
         return None
@@ -400,6 +402,7 @@ def make_output_dir(config: Config, world: World, gpt: GPT, resumed: Path | None
         )
     with write_errors(f"--output_dir {path}"):
         path.mkdir(parents=True, exist_ok=True)
+    held.enter_context(exclusive(path, "--output_dir"))
     return path
 
 

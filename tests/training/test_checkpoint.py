@@ -404,6 +404,39 @@ def test_preempted_run_saves_and_goes_on_as_if_nothing_had_been(run_ranks, momen
     assert same_weights(again, whole)
 
 
+def hold_at_step_4(rank: int, folder: Path) -> None:
+    """Say that step 4 is reached, and wait until told to go on."""
+    train_line = RunLog.train
+
+    def line(self, metrics):
+        train_line(self, metrics)
+        if metrics["step"] == 4 and rank == 0:
+            (folder / "there").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.02)
+
+    RunLog.train = line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders have locks on Linux")
+def test_second_run_in_one_folder_is_refused_and_the_first_goes_on(start_ranks, run_ranks, tmp_path):
+    """As when a job is queued again while the machine still runs it."""
+    flags = FLAGS | {"batch_size": STRIDE // 2, "checkpoint_every": 2, "resume": "auto"}
+    whole = run_ranks(2, **flags)
+    processes, first = start_ranks(2, hold_at_step_4, (tmp_path,), **flags)
+    while not (tmp_path / "there").exists():
+        time.sleep(0.02)
+    second, _ = start_ranks(2, **flags | {"output_dir": first.output_dir})
+    assert second.wait() == [2, 2]
+    told = f"--output_dir {first.output_dir}: another run writes to it; wait for its end, or name another"
+    assert [line.partition("]: ")[2] for line in second.errors.splitlines()] == [told] * 2
+    (tmp_path / "go").touch()
+    assert processes.wait() == [0, 0]
+    assert first.log == whole.log and same_weights(first, whole)
+    third = run_ranks(2, **flags, output_dir=first.output_dir)
+    assert "20 of 20 steps are done" in third.screen
+
+
 def test_ctrl_c_saves_where_checkpoints_are_on(start_ranks):
     for every, expected in ((100, [5]), (0, [])):
         processes, run = start_ranks(0, interrupt_at_step_4, checkpoint_every=every, **FLAGS)
