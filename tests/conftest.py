@@ -117,8 +117,10 @@ def run_tiny(tiny, tmp_path, capsys):
 def torchrun_tiny(tiny, tmp_path):
     """Run train.py on the tiny network under torchrun, with so many gloo ranks."""
 
+    numbers = itertools.count()
+
     def run(ranks: int, **flags) -> Run:
-        output_dir = tmp_path / f"ranks{ranks}-{'-'.join(f'{name}{value}' for name, value in flags.items())}"
+        output_dir = tmp_path / f"torchrun{next(numbers)}"
         given = tiny | {"--output_dir": output_dir} | {f"--{name}": value for name, value in flags.items()}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         done = subprocess.run(

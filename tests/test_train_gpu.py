@@ -48,12 +48,25 @@ def test_compile_on_a_gpu(run_tiny):
     assert run_tiny(device="cuda", val_loss_every=2, compile=1).losses == pytest.approx(want.losses, rel=1e-4)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_resumed_run_is_the_same_bits_on_a_gpu(run_tiny, dtype):
+    """Through pinned buffers, and with the state of CUDA's generator and of the loss scale."""
+    flags = {"device": "cuda", "dtype": dtype, "num_iterations": 8, "shuffle": 1}
+    whole = run_tiny(**flags, checkpoint_every=2, keep=9)
+    again = run_tiny(**flags, resume=whole.output_dir / "checkpoints" / "step_4")
+    assert again.losses == whole.losses[4:]
+    assert (again.output_dir / "model.bin").read_bytes() == (whole.output_dir / "model.bin").read_bytes()
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
 def test_nccl(run_tiny, torchrun_tiny, zero_stage):
     ranks = torch.cuda.device_count() if torch.cuda.device_count() in (2, 4) else 1
     flags = {"total_batch_size": 256, "device": "cuda"}
     one = run_tiny(**flags, batch_size=4 * ranks)
-    assert torchrun_tiny(ranks, **flags, zero_stage=zero_stage).losses == pytest.approx(one.losses, rel=1e-4)
+    whole = torchrun_tiny(ranks, **flags, zero_stage=zero_stage, checkpoint_every=2, keep=9)
+    assert whole.losses == pytest.approx(one.losses, rel=1e-4)
+    again = torchrun_tiny(ranks, **flags, zero_stage=zero_stage, resume=whole.output_dir / "checkpoints" / "step_2")
+    assert again.losses == whole.losses[2:]
 
 
 def test_the_device_is_a_type_with_an_index():

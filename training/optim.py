@@ -7,7 +7,7 @@ import torch
 
 from training.config import Config
 from training.distributed import full
-from training.zero import ShardedAdamW
+from training.sharded_adamw import ShardedAdamW
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8

@@ -11,14 +11,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from model.gpt import GPT
 from tests.conftest import TINY
 from tests.training.conftest import same_weights
-from training import optim, zero
+from training import optim, sharded_adamw
 from training.config import Config
-from training.zero import ShardedAdamW
+from training.sharded_adamw import ShardedAdamW
 
 
 def small_buckets(rank: int) -> None:
     """So that the tiny network's weights travel in several messages."""
-    zero.BUCKET_BYTES = 2**14
+    sharded_adamw.BUCKET_BYTES = 2**14
 
 
 def test_stages_0_and_1_are_the_same_bits_on_three_ranks(run_ranks):
@@ -70,7 +70,7 @@ def test_state_is_there_before_the_first_update(one_rank):
 @pytest.mark.parametrize(("rows", "ranks"), [(61, 3), (8, 2), (3, 4), (5, 4), (1, 1)])
 def test_rows_are_cut_as_a_sharded_tensor_has_them(rows, ranks):
     tensor = torch.arange(2.0 * rows).view(rows, 2)
-    parts = zero._cut(tensor, ranks)
+    parts = [sharded_adamw._rows(tensor, rank, ranks) for rank in range(ranks)]
     assert torch.equal(torch.cat(parts), tensor)
     sizes = [Shard.local_shard_size_and_offset(rows, ranks, rank)[0] for rank in range(ranks)]
     assert [len(part) for part in parts] == sizes
@@ -78,6 +78,6 @@ def test_rows_are_cut_as_a_sharded_tensor_has_them(rows, ranks):
 
 
 def test_buckets_hold_all_in_order(monkeypatch):
-    monkeypatch.setattr(zero, "BUCKET_BYTES", 40)
+    monkeypatch.setattr(sharded_adamw, "BUCKET_BYTES", 40)
     params = [torch.zeros(n) for n in (4, 6, 1, 30, 2, 8)]
-    assert [[len(p) for p in bucket] for bucket in zero._buckets(params)] == [[4, 6], [1], [30], [2, 8]]
+    assert [[len(p) for p in bucket] for bucket in sharded_adamw._buckets(params)] == [[4, 6], [1], [30], [2, 8]]

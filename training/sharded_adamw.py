@@ -28,10 +28,13 @@ class ShardedAdamW(torch.optim.Optimizer):
         super().__init__(groups, options)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         params = [p for group in self.param_groups for p in group["params"]]
-        self.rows = {p: _cut(p.detach(), self.size) for p in params}
-        own = [group | {"params": [self.rows[p][self.rank] for p in group["params"]]} for group in self.param_groups]
-        self.adamw = torch.optim.AdamW(own, **options)
-        self.buckets = list(_buckets(params))
+        self.own = {p: _rows(p.detach(), self.rank, self.size) for p in params}
+        groups = [group | {"params": [self.own[p] for p in group["params"]]} for group in self.param_groups]
+        self.adamw = torch.optim.AdamW(groups, **options)
+        self.buckets = [
+            [[_rows(p.detach(), rank, self.size).view(-1) for p in bucket] for rank in range(self.size)]
+            for bucket in _buckets(params)
+        ]
         self.mesh = init_device_mesh(params[0].device.type, (self.size,))
 
     @torch.no_grad()
@@ -40,24 +43,27 @@ class ShardedAdamW(torch.optim.Optimizer):
         for group, own in zip(self.param_groups, self.adamw.param_groups, strict=True):
             own["lr"] = group["lr"]
             for p in group["params"]:
-                self.rows[p][self.rank].grad = _cut(p.grad, self.size)[self.rank]
+                self.own[p].grad = _rows(p.grad, self.rank, self.size)
         self.adamw.step()
         self.adamw.zero_grad()
-        for bucket in self.buckets:
-            self._exchange(bucket)
+        for shares in self.buckets:
+            self._exchange(shares)
 
-    def _exchange(self, bucket: list[torch.Tensor]) -> None:
-        """Send this rank's rows of some tensors, and write those of the others where they belong."""
-        shares = [[self.rows[p][rank].view(-1) for p in bucket] for rank in range(self.size)]
-        lengths = [[len(part) for part in share] for share in shares]
-        longest = sum(lengths[0])
-        mine = shares[self.rank]
-        sent = torch.cat([*mine, mine[0].new_empty(longest - sum(lengths[self.rank]))])
+    def _exchange(self, shares: list[list[torch.Tensor]]) -> None:
+        """Send this rank's rows of some tensors, and write those of the others where they belong.
+
+        Args:
+            shares: by rank, its rows of each of these tensors, as vectors; no rank has more than the first.
+        """
+        longest = sum(map(len, shares[0]))
+        mine = torch.cat(shares[self.rank])
+        sent = torch.nn.functional.pad(mine, (0, longest - len(mine)))
         received = sent.new_empty(self.size, longest)
         dist.all_gather(list(received), sent)
         for rank, share in enumerate(shares):
             if rank != self.rank:
-                torch._foreach_copy_(share, received[rank, : sum(lengths[rank])].split(lengths[rank]))
+                lengths = [len(rows) for rows in share]
+                torch._foreach_copy_(share, received[rank, : sum(lengths)].split(lengths))
 
     def sharded_state(self) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
         """AdamW's state by parameter: its step, and its moments as this rank's shards of tensors of the same shape."""
@@ -66,18 +72,15 @@ class ShardedAdamW(torch.optim.Optimizer):
             return DTensor.from_local(rows, self.mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
 
         return {
-            p: {
-                kind: value if kind == "step" else shard(p, value)
-                for kind, value in self.adamw.state[rows[self.rank]].items()
-            }
-            for p, rows in self.rows.items()
+            p: {kind: value if kind == "step" else shard(p, value) for kind, value in self.adamw.state[own].items()}
+            for p, own in self.own.items()
         }
 
 
-def _cut(tensor: torch.Tensor, n: int) -> list[torch.Tensor]:
-    """As many runs of rows, all of the same length but for the last ones, which may be shorter, or empty."""
-    length = -(-len(tensor) // n)
-    return [tensor[i * length : (i + 1) * length] for i in range(n)]
+def _rows(tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """A rank's rows: as many as every other's, but for the last ranks, which may have fewer, or none."""
+    length = -(-len(tensor) // size)
+    return tensor[rank * length : (rank + 1) * length]
 
 
 def _buckets(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
