@@ -1,8 +1,8 @@
 """Where the kernels run: on an NVIDIA GPU, or, without one, in Triton's interpreter (NumPy, a program at a time).
 
 Triton decides between the two when it is imported, so `choose` has to come before that, and it is the only place that
-chooses. Triton's interpreter gets three things wrong that a GPU gets right; `_make_honest` mends them, so that bfloat16
-and masked loads mean the same in both.
+chooses. Triton's interpreter gets some things wrong that a GPU gets right; `_make_honest` mends them, so that bfloat16,
+dots and masked loads mean the same in both.
 """
 
 import importlib.util
@@ -44,8 +44,12 @@ def choose(device_type: str) -> None:
 
 
 def _make_honest() -> bool:
-    """Mend the interpreter: bf16 casts round to nearest even, bf16 dots multiply numbers, and a masked load without
-    `other` gives NaN where a GPU gives whatever it likes (the interpreter's 0 would hide the mistake).
+    """Mend the interpreter: bf16 casts round to nearest even, bf16 dots multiply numbers, the sum in a dot does not
+    depend on which operand comes first, and a masked load without `other` gives NaN where a GPU gives whatever it likes
+    (the interpreter's 0 would hide the mistake).
+
+    A GPU adds the products of q·kᵀ and of k·qᵀ in one order, so that a backward pass that turns the matrix round finds
+    the scores of the forward pass again, to the bit. NumPy leaves the order to its BLAS, which has one for every CPU.
 
     The interpreter keeps bf16 as its bits in uint16. This reaches into private API, so pyproject.toml pins triton and
     tests/kernels/test_interpreter.py says whether it still holds. Returns False where it was done before.
@@ -57,9 +61,7 @@ def _make_honest() -> bool:
     if hasattr(InterpreterBuilder, "is_honest"):
         return False
     InterpreterBuilder.is_honest = True
-    cast, dot, masked_load = (
-        getattr(InterpreterBuilder, name) for name in ("cast_impl", "create_dot", "create_masked_load")
-    )
+    cast, masked_load = InterpreterBuilder.cast_impl, InterpreterBuilder.create_masked_load
 
     def to_fp32(handle: TensorHandle) -> TensorHandle:
         bits = torch.from_numpy(np.ascontiguousarray(handle.data).view(np.int16))
@@ -76,7 +78,8 @@ def _make_honest() -> bool:
 
     def honest_dot(self, a, b, d, *args):
         a, b = (to_fp32(operand) if operand.dtype.scalar == tl.bfloat16 else operand for operand in (a, b))
-        return dot(self, a, b, d, *args)
+        total = np.matmul(a.data, b.data, dtype=np.float64) + d.data  # to be rounded once, whatever the order was
+        return TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
     def honest_masked_load(self, ptrs, mask, other, *args):
         if other is None and not mask.data.all():

@@ -1,4 +1,4 @@
-"""The mended interpreter: bfloat16 and masked loads mean there what they mean on a GPU."""
+"""The mended interpreter: bfloat16, dots and masked loads mean there what they mean on a GPU."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def _cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
 @triton.jit
 def _dot_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
     offs = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(c_ptr + offs, tl.dot(tl.load(a_ptr + offs), tl.load(b_ptr + offs)))
+    tl.store(c_ptr + offs, tl.dot(tl.load(a_ptr + offs), tl.load(b_ptr + offs), input_precision="ieee"))
 
 
 @triton.jit
@@ -57,6 +57,15 @@ def test_dots_of_bf16_multiply_numbers():
     c = torch.empty(16, 16, device=DEVICE)
     _dot_kernel[(1,)](a, b, c, 16)
     torch.testing.assert_close(c.cpu(), a.cpu().float() @ b.cpu().float(), rtol=1e-5, atol=1e-5)
+
+
+def test_dots_give_the_same_bits_when_the_matrix_is_turned_round():
+    """Whatever the CPU: OpenBLAS for Haswell and Zen adds a·b and bᵀ·aᵀ in two orders."""
+    a, b = (30 * normal(64, 64, seed=seed) for seed in (2, 3))
+    c, turned = torch.empty(2, 64, 64, device=DEVICE)
+    _dot_kernel[(1,)](a, b, c, 64)
+    _dot_kernel[(1,)](b.mT.contiguous(), a.mT.contiguous(), turned, 64)
+    assert torch.equal(turned.mT, c)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU leaves open what a masked load without other gives")
