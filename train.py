@@ -113,6 +113,8 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
 
     watchdog.at(state.step, "writing the weights")
     checkpoints.wait()
+    if state.step < config.num_iterations and checkpoints.failed:
+        status = STOPPED  # who preempts a run shall not take it for saved
     log.close()
     if output_dir and not config.inference_only:
         write_weights(output_dir / llmc.RUN_WEIGHTS, state, world)
@@ -351,6 +353,9 @@ def find_checkpoint(config: Config, world: World, loader: ShardLoader, facts: di
         return None
     record = checkpoint.read_record(folder)
     differences = checkpoint.compare(record, facts)
+    shapes = [d for d in differences if d.startswith("network ") and not d.startswith("network n_head ")]
+    if shapes:
+        raise BadInput(f"--resume {config.resume}: {folder} is of a network of another shape: {', '.join(shapes)}")
     if differences and not config.resume_override:
         raise BadInput(
             f"--resume {config.resume}: {folder} is of another run: {', '.join(differences)}; give what it was, or "
@@ -394,7 +399,8 @@ def make_output_dir(
     free = shutil.disk_usage(existing).free
     needed = 4 * gpt.config.num_params() * (4 if config.write_tensors else 1)
     if config.checkpoint_every:  # weights and two moments; a new one is written before the oldest goes
-        needed += 12 * gpt.config.num_params() * (config.keep + 1)
+        there = len(checkpoint.find(path / checkpoint.FOLDER))
+        needed += 12 * gpt.config.num_params() * (config.keep + 1 - min(there, config.keep))
     if free < needed:
         raise BadInput(
             f"--output_dir {path}: the disk has {free / 2**20:,.0f} MiB left and this run writes about "
@@ -403,6 +409,8 @@ def make_output_dir(
     with write_errors(f"--output_dir {path}"):
         path.mkdir(parents=True, exist_ok=True)
     held.enter_context(exclusive(path, "--output_dir"))
+    if resumed and not resumed.exists():
+        raise BadInput(f"--output_dir {path}: a run that has just ended there deleted {resumed}; start again")
     return path
 
 

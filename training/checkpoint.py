@@ -132,6 +132,8 @@ class Checkpoints:
         self.world, self.facts, self.say = world, facts, say
         self.keep, self.keep_every = keep, keep_every
         self._saving: tuple[int, Future] | None = None
+        self.failed = False
+        """whether the last save that was waited for was not written"""
         on_cuda = world.device.type == "cuda"
         self._stager = DefaultStager(
             StagingOptions(
@@ -175,6 +177,7 @@ class Checkpoints:
         if self._saving:
             (step, future), self._saving = self._saving, None
             error = future.exception()
+            self.failed = error is not None
             if error and self.world.is_main:
                 self.say(f"warning: the checkpoint of step {step} was not written: {_reason(error)}; {self.newest()}")
                 shutil.rmtree(_part(self.folder / f"step_{step}"), ignore_errors=True)
@@ -222,7 +225,10 @@ class Checkpoints:
         """Delete the checkpoints that are not kept. A newer one is on disk."""
         for folder in find(self.folder)[self.keep :]:
             if not (self.keep_every and step_of(folder) % self.keep_every == 0):
-                _delete(folder)
+                try:
+                    _delete(folder)
+                except OSError as error:  # the newer one is on disk all the same
+                    self.say(f"warning: {folder} cannot be deleted: {error.strerror}")
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -271,8 +277,11 @@ class _Summed(WriteResult):
 
 def find(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the newest first."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(found, key=step_of, reverse=True)
+    return sorted(filter(_is_checkpoint, folder.glob("step_*")), key=step_of, reverse=True)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return bool(re.fullmatch(r"step_\d+", path.name))
 
 
 def step_of(folder: Path) -> int:
@@ -326,7 +335,7 @@ def choose(resume: str, run_dir: Path | None, world: World, say: Callable[[str],
     if resume == "0":
         return None
     path = Path(resume)
-    if resume != "auto" and path.is_dir() and path.name.startswith("step_"):
+    if resume != "auto" and path.is_dir() and _is_checkpoint(path):
         candidates = [path]
     else:
         run = run_dir if resume == "auto" else path

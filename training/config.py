@@ -163,7 +163,7 @@ class Config:
         "folder; 0 begins anew.",
     )
     resume_override: int = switch(
-        0, "checkpoints", "1 resumes although model, data order, batch or schedule differ from the checkpoint's."
+        0, "checkpoints", "1 resumes although data order, batch or schedule differ from the checkpoint's."
     )
 
     output_dir: str | None = flag(

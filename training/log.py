@@ -99,7 +99,7 @@ class RunLog:
                 self._events.close()
 
     def _go_on_from(self, first_step: int) -> None:
-        """Cut off the lines of steps that are to come, and one that was never finished; remember the others' losses."""
+        """Cut off the lines of steps that are to come, and what a crash left of a line; remember the others' losses."""
         kept = {"main.log": [], "metrics.jsonl": []}
         for line in self._lines("main.log"):
             match = re.fullmatch(r"s:(\d+) (trl|tel):(\S+)\n", line)
@@ -108,7 +108,8 @@ class RunLog:
                 losses = self.train_losses if match[2] == "trl" else self.val_losses
                 losses.append((int(match[1]), float(match[3])))
         for line in self._lines("metrics.jsonl"):
-            if line.endswith("}\n") and json.loads(line)["step"] < first_step:
+            match = re.fullmatch(r'\{"step": (\d+), .*\}\n', line)
+            if match and int(match[1]) < first_step and _is_json(line):
                 kept["metrics.jsonl"].append(line)
         for name, lines in kept.items():
             if lines != self._lines(name):
@@ -117,7 +118,7 @@ class RunLog:
 
     def _lines(self, name: str) -> list[str]:
         path = self.output_dir / name
-        return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
 
     def _append(self, name: str, lines: str) -> None:
         if self.output_dir:
@@ -146,12 +147,20 @@ class RunLog:
             self._refused.add(name)
 
 
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
 def _tensorboard_writer(output_dir: Path, first_step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise BadInput("--tensorboard 1 needs tensorboard: pip install -e '.[tensorboard]', or leave it out") from error
-    return SummaryWriter(str(output_dir), purge_step=first_step or None)
+    return SummaryWriter(str(output_dir), purge_step=first_step)
 
 
 def tell(line: str) -> None:

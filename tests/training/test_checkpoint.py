@@ -1,6 +1,7 @@
 """Checkpoints: what is resumed is the run that was never cut; what is not whole is refused by name."""
 
 import ctypes
+import dataclasses
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ import train
 from common import BadInput
 from data.loader import ShardLoader
 from data.shards import open_shard
-from tests.conftest import command_line
+from model.gpt import GPT
+from model.llmc import write_model
+from tests.conftest import TINY, command_line
 from tests.training.conftest import assert_weights_agree, same_weights, weights_of
 from training import checkpoint, distributed
 from training.log import RunLog
@@ -218,6 +222,83 @@ def test_run_of_another_configuration_is_refused_field_by_field(run_tiny, capsys
     assert "warmup_iters" not in line
     run = run_tiny(**other, resume=whole.output_dir, resume_override=1)
     assert [line["step"] for line in run.metrics] == list(range(20, 30))
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("shape", [{"n_layer": 1}, {"n_layer": 3}, {"n_embd": 16}, {"block_size": 16}])
+def test_network_of_another_shape_is_refused_whatever_is_asked_for_and_nothing_is_touched(
+    run_tiny, tmp_path, capsys, shape
+):
+    whole = run_tiny(**FLAGS, checkpoint_every=10)
+    before = everything_in(whole.output_dir)
+    write_model(tmp_path / "gpt2_other.bin", GPT(dataclasses.replace(TINY, **shape)))
+    with pytest.raises(SystemExit) as stopped:
+        run_tiny(
+            **FLAGS,
+            model=tmp_path / "gpt2_other.bin",
+            resume=whole.output_dir / "checkpoints" / "step_10",
+            resume_override=1,
+            output_dir=whole.output_dir,
+        )
+    ((name, value),) = shape.items()
+    assert stopped.value.code == 2
+    assert f"network {name} was {getattr(TINY, name)} and is {value}" in capsys.readouterr().err
+    assert everything_in(whole.output_dir) == before
+
+
+def test_checkpoint_that_was_deleted_since_it_was_chosen(run_tiny, capsys, monkeypatch):
+    """By a run that ended between the choice and the lock."""
+    whole = run_tiny(**FLAGS, checkpoint_every=10)
+    chosen = whole.output_dir / "checkpoints" / "step_10"
+    find = train.find_checkpoint
+
+    def find_and_lose(*args):
+        folder = find(*args)
+        shutil.rmtree(chosen)
+        return folder
+
+    monkeypatch.setattr(train, "find_checkpoint", find_and_lose)
+    with pytest.raises(SystemExit) as stopped:
+        run_tiny(**FLAGS, resume=chosen, output_dir=whole.output_dir)
+    assert stopped.value.code == 2 and f"deleted {chosen}; start again" in capsys.readouterr().err
+    assert len(whole.log) == 25 and steps_there(whole) == [20]
+
+
+def test_run_whose_name_looks_like_a_checkpoint(run_tiny, tmp_path, capsys):
+    whole = run_tiny(**FLAGS, checkpoint_every=10, output_dir=tmp_path / "step_size_3e-3")
+    shutil.rmtree(whole.output_dir / "checkpoints" / "step_20")
+    assert "10 of 20 steps are done" in run_tiny(**FLAGS, resume=whole.output_dir).screen
+    (whole.output_dir / "checkpoints" / "step_10").rename(whole.output_dir / "checkpoints" / "step_10.aside")
+    with pytest.raises(SystemExit):
+        run_tiny(**FLAGS, resume=whole.output_dir / "checkpoints" / "step_10.aside")
+    assert "no checkpoint there" in capsys.readouterr().err
+
+
+def test_disk_with_room_for_one_more_checkpoint_is_enough_to_go_on(run_tiny, capsys, monkeypatch):
+    P = TINY.num_params()
+    room = SimpleNamespace(free=4 * P + 3 * 12 * P)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: room)
+    whole = run_tiny(**FLAGS, checkpoint_every=10, resume="auto")
+    room.free = 4 * P + 12 * P
+    run_tiny(**FLAGS, checkpoint_every=10, resume="auto", output_dir=whole.output_dir)
+    room.free -= 1
+    with pytest.raises(SystemExit):
+        run_tiny(**FLAGS, checkpoint_every=10, resume="auto", output_dir=whole.output_dir)
+    assert "the disk has" in capsys.readouterr().err
+
+
+def test_old_checkpoint_that_cannot_be_deleted_is_said_and_no_more(run_tiny, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(checkpoint, "_delete", refuse)
+    run = run_tiny(**FLAGS, checkpoint_every=10, keep=1)
+    assert steps_there(run) == [20, 10]
+    (warning,) = [line for line in run.screen.splitlines() if "warning" in line]
+    assert warning == f"warning: {run.output_dir / 'checkpoints' / 'step_10'} cannot be deleted: Permission denied"
 
 
 def test_other_shards_are_refused_or_read_from_the_beginning(run_tiny, tiny, capsys):
@@ -435,6 +516,22 @@ def test_second_run_in_one_folder_is_refused_and_the_first_goes_on(start_ranks, 
     assert first.log == whole.log and same_weights(first, whole)
     third = run_ranks(2, **flags, output_dir=first.output_dir)
     assert "20 of 20 steps are done" in third.screen
+
+
+def preempt_on_a_full_disk(rank: int) -> None:
+    preempt(rank, "step", int(signal.SIGTERM))
+
+    def write(self, plan, planner):
+        raise OSError(28, "No space left on device")
+
+    checkpoint._Writer.write_data = write
+
+
+def test_preempted_run_that_could_not_save_does_not_end_well(start_ranks):
+    processes, run = start_ranks(2, preempt_on_a_full_disk, **FLAGS | {"batch_size": STRIDE // 2})
+    assert processes.wait() == [train.STOPPED] * 2
+    assert "the checkpoint of step 7 was not written" in processes.screen and "resume: " not in processes.screen
+    assert (run.output_dir / "model.bin").exists()
 
 
 def test_ctrl_c_saves_where_checkpoints_are_on(start_ranks):

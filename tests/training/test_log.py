@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,34 @@ def test_line_that_was_written_in_part_is_finished_later(tmp_path, capsys):
     assert (tmp_path / "main.log").read_text() == "s:0 trl:1.000000\ns:1 trl:"
     log.close()
     assert (tmp_path / "main.log").read_text() == "".join(f"s:{step} trl:1.000000\n" for step in range(3))
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\0" * 40 + b"\n", b"\xff\xfe\n", b'{"step": 1, "los{"step": 1, "loss": 1.0}\n', b"{}\n"]
+)
+def test_what_a_crash_left_of_a_line_is_cut(tmp_path, junk):
+    log = RunLog(tmp_path)
+    log.train({"step": 0, "loss": 1.0})
+    log.train({"step": 1, "loss": 1.0})
+    for name in ("main.log", "metrics.jsonl"):
+        first, second = (tmp_path / name).read_bytes().splitlines(keepends=True)
+        (tmp_path / name).write_bytes(first + junk + second)
+    RunLog(tmp_path, first_step=2)
+    assert (tmp_path / "main.log").read_text() == "s:0 trl:1.000000\ns:1 trl:1.000000\n"
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+
+
+def test_events_of_a_run_that_begins_anew_replace_the_old_ones(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):
+        log = RunLog(tmp_path, tensorboard=True)
+        log.train({"step": 0, "loss": 1.0})
+        log.close()
+        time.sleep(1.1)  # events are ordered by files that are named by the second
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")] == [0]
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
