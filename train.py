@@ -71,9 +71,10 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     if config.check:
         return check_backend(config, world, gpt, train_loader)
     facts = run_facts(config, world, gpt)
-    resumed = find_checkpoint(config, world, train_loader, facts)
+    output_dir = distributed.on_main(world, lambda: choose_output_dir(config, held))
+    resumed = find_checkpoint(config, world, train_loader, facts, output_dir)
     first_step = checkpoint.step_of(resumed) if resumed else 0
-    output_dir = distributed.on_main(world, lambda: make_output_dir(config, world, gpt, resumed, held))
+    distributed.on_main(world, lambda: make_output_dir(output_dir, config, world, gpt, held))
     log = RunLog(
         output_dir if world.is_main else None,
         f"{config.model} on {world.size} × {device_name(world)}",
@@ -83,7 +84,7 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     if world.is_main:
         describe(config, world, gpt, train_loader, resumed)
     if output_dir and world.is_main:
-        write_config(output_dir / RUN_CONFIG, config, facts)
+        write_config(output_dir / RUN_CONFIG, config, facts | {"launch": world.launch})
         for name in checkpoint.tidy(output_dir, first_step):
             print(f"set aside {name}: its steps come again")
         if config.write_tensors and not resumed:
@@ -113,7 +114,7 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
 
     watchdog.at(state.step, "writing the weights")
     checkpoints.wait()
-    if state.step < config.num_iterations and checkpoints.failed:
+    if state.step < config.num_iterations and any(distributed.gather(world, checkpoints.failed)):
         status = STOPPED  # who preempts a run shall not take it for saved
     log.close()
     if output_dir and not config.inference_only:
@@ -226,7 +227,7 @@ def train(
             watchdog.at(step, "saving")
             checkpoints.save(state)
         checkpoints.poll()
-        if interrupted or preempted:
+        if (interrupted or preempted) and state.step < config.num_iterations:
             signal_name = "Ctrl-C" if interrupted else "SIGTERM or SIGUSR1"
             say(world, f"stopped by {signal_name} after step {step + 1} of {config.num_iterations}")
             break
@@ -333,29 +334,62 @@ def run_facts(config: Config, world: World, gpt: GPT) -> dict:
     }
 
 
-def find_checkpoint(config: Config, world: World, loader: ShardLoader, facts: dict) -> Path | None:
+def choose_output_dir(config: Config, held: contextlib.ExitStack) -> Path | None:
+    """The run directory, which is not made yet; None for none. One that is there is held against other runs from now
+    on, so that nobody changes the checkpoints in it.
+
+    Raises:
+        BadInput: another run has it.
+    """
+    if config.output_dir == "":
+        return None
+    path = Path(config.output_dir) if config.output_dir else checkpoint.run_of(config.resume)
+    if path is None:
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{llmc.size_name(config.model)}"
+        path = Path("runs") / name
+        for number in range(2, 100):  # another run started in the same second
+            if not path.exists():
+                break
+            path = Path("runs") / f"{name}-{number}"
+    if path.is_dir():
+        held.enter_context(exclusive(path, "--output_dir"))
+    return path
+
+
+def was_made_before_a_restart(output_dir: Path | None, world: World) -> bool:
+    """Whether an earlier attempt of the same torchrun made the run directory."""
+    if not (world.restarts and output_dir and (output_dir / RUN_CONFIG).exists()):
+        return False
+    return json.loads((output_dir / RUN_CONFIG).read_bytes()).get("launch") == world.launch
+
+
+def find_checkpoint(
+    config: Config, world: World, loader: ShardLoader, facts: dict, output_dir: Path | None
+) -> Path | None:
     """The checkpoint to go on from, with `loader` at its position; None to begin anew.
 
     Raises:
         BadInput: there is none where `--resume` says, or it is of another run than this one would be.
     """
-    if world.max_restarts and config.checkpoint_every and not config.output_dir and config.resume == "0":
+    has_a_place = config.output_dir or checkpoint.run_of(config.resume)
+    if world.max_restarts and config.checkpoint_every and not has_a_place:
         raise BadInput(
             "torchrun's --max-restarts goes on from checkpoints; name the --output_dir where it finds them, so that it "
             "is the same after a restart"
         )
     folder = None
-    if config.resume == "auto" or (world.restarts and config.output_dir):
-        folder = checkpoint.choose("auto", Path(config.output_dir), world, lambda line: say(world, line))
+    restarted = distributed.on_main(world, lambda: was_made_before_a_restart(output_dir, world))
+    if config.resume == "auto" or restarted:
+        folder = checkpoint.choose("auto", output_dir, world, lambda line: say(world, line))
     if folder is None and config.resume != "auto":
         folder = checkpoint.choose(config.resume, None, world, lambda line: say(world, line))
     if folder is None:
         return None
     record = checkpoint.read_record(folder)
-    differences = checkpoint.compare(record, facts)
-    shapes = [d for d in differences if d.startswith("network ") and not d.startswith("network n_head ")]
-    if shapes:
-        raise BadInput(f"--resume {config.resume}: {folder} is of a network of another shape: {', '.join(shapes)}")
+    shape = checkpoint.compare(record, facts, "network")
+    if shape:
+        raise BadInput(f"--resume {config.resume}: {folder} is of another network: {', '.join(shape)}; give that one")
+    differences = checkpoint.compare(record, facts, "flags")
     if differences and not config.resume_override:
         raise BadInput(
             f"--resume {config.resume}: {folder} is of another run: {', '.join(differences)}; give what it was, or "
@@ -370,31 +404,18 @@ def find_checkpoint(config: Config, world: World, loader: ShardLoader, facts: di
     return folder
 
 
-def make_output_dir(
-    config: Config, world: World, gpt: GPT, resumed: Path | None, held: contextlib.ExitStack
-) -> Path | None:
-    """Create the run directory, or go on in that of a checkpoint, and hold it against other runs.
+def make_output_dir(path: Path | None, config: Config, world: World, gpt: GPT, held: contextlib.ExitStack) -> None:
+    """Create the run directory and hold it against other runs, or see that this run may go on in it.
 
     Raises:
         BadInput: it holds something else, another run has it, or the disk cannot hold the weights.
     """
-    if config.output_dir == "":
-        return None
-    home = resumed.parent.parent if resumed and resumed.parent.name == checkpoint.FOLDER else None
-    if home and (config.output_dir is None or Path(config.output_dir).absolute() == home.absolute()):
-        path = home
-    elif config.output_dir is None:
-        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{llmc.size_name(config.model)}"
-        path = Path("runs") / name
-        for number in range(2, 100):  # another run started in the same second
-            if not path.exists():
-                break
-            path = Path("runs") / f"{name}-{number}"
-    else:
-        path = Path(config.output_dir)
-        goes_on = config.resume == "auto" or world.restarts
-        if not (goes_on and (path / RUN_CONFIG).exists()):
-            refuse_if_occupied(path)
+    if path is None:
+        return
+    home = checkpoint.run_of(config.resume)
+    goes_on = config.resume == "auto" or was_made_before_a_restart(path, world)
+    if not (home and home.resolve() == path.resolve()) and not (goes_on and (path / RUN_CONFIG).exists()):
+        refuse_if_occupied(path)
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     needed = 4 * gpt.config.num_params() * (4 if config.write_tensors else 1)
@@ -406,12 +427,10 @@ def make_output_dir(
             f"--output_dir {path}: the disk has {free / 2**20:,.0f} MiB left and this run writes about "
             f"{needed / 2**20:,.0f}; free some space or name another folder"
         )
-    with write_errors(f"--output_dir {path}"):
-        path.mkdir(parents=True, exist_ok=True)
-    held.enter_context(exclusive(path, "--output_dir"))
-    if resumed and not resumed.exists():
-        raise BadInput(f"--output_dir {path}: a run that has just ended there deleted {resumed}; start again")
-    return path
+    if not path.is_dir():
+        with write_errors(f"--output_dir {path}"):
+            path.mkdir(parents=True)
+        held.enter_context(exclusive(path, "--output_dir"))
 
 
 def write_config(path: Path, config: Config, facts: dict) -> None:

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${NODES:?how many nodes}" "${RENDEZVOUS:?host:port on the first node}" "${RUN:?a name, for runs/NAME}"
 
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -un)}  # on the node: shared homes are slow, and race
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}  # on the node: shared homes are slow, and race
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a store of its own for every round, also where nodes come and go
 # Seconds that ranks have to finish their step and to save, once a signal came.

@@ -143,9 +143,11 @@ class Checkpoints:
                 use_non_blocking_copy=on_cuda,
             )
         )
-        # A group of its own: the background must not get between the collectives of training.
-        timeout = timedelta(seconds=world.timeout_s)
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if world.distributed and run_dir else None
+        self._group = self._new_group() if world.distributed and run_dir else None
+
+    def _new_group(self) -> dist.ProcessGroup:
+        """The ranks once more: the background must not get between the collectives of training."""
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.world.timeout_s))
 
     def warm_up(self, state: TrainState) -> None:
         """Set aside the memory into which tensors are copied at a save, so that the first is no slower than others."""
@@ -157,6 +159,9 @@ class Checkpoints:
         A save that fails is reported, and leaves the earlier ones as they were.
         """
         self.wait()
+        if self._group and any(distributed.gather(self.world, self.failed)):  # gloo closes a group that timed out
+            dist.destroy_process_group(self._group)
+            self._group = self._new_group()
         folder = self.folder / f"step_{state.step}"
         record = state.record() | self.facts
         try:
@@ -177,10 +182,10 @@ class Checkpoints:
         if self._saving:
             (step, future), self._saving = self._saving, None
             error = future.exception()
-            self.failed = error is not None
             if error and self.world.is_main:
                 self.say(f"warning: the checkpoint of step {step} was not written: {_reason(error)}; {self.newest()}")
                 shutil.rmtree(_part(self.folder / f"step_{step}"), ignore_errors=True)
+            self.failed = error is not None
 
     def newest(self) -> str:
         """Which checkpoint there is to go on from, in words."""
@@ -284,6 +289,16 @@ def _is_checkpoint(path: Path) -> bool:
     return bool(re.fullmatch(r"step_\d+", path.name))
 
 
+def run_of(resume: str) -> Path | None:
+    """The run directory that the path in `--resume` is or is in; None for no path, and for a checkpoint by itself."""
+    if resume in ("0", "auto"):
+        return None
+    path = Path(resume).absolute()
+    if not _is_checkpoint(path):
+        return path
+    return path.parent.parent if path.parent.name == FOLDER else None
+
+
 def step_of(folder: Path) -> int:
     """The step in a checkpoint's name."""
     return int(folder.name.removeprefix("step_"))
@@ -384,15 +399,19 @@ def tidy(run_dir: Path, step: int) -> list[str]:
     return aside
 
 
-def compare(record: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+def compare(record: dict[str, Any], facts: dict[str, Any], kind: str) -> list[str]:
     """The settings that decide what is computed and in which this run differs from the one that wrote a record.
+
+    Args:
+        record: from `read_record`.
+        facts: of this run.
+        kind: "network" or "flags".
 
     Returns:
         A phrase for each, with its name and both values.
     """
     return [
         f"{kind} {name} was {record[kind].get(name)} and is {value}"
-        for kind in ("network", "flags")
         for name, value in facts[kind].items()
         if record[kind].get(name) != value
     ]

@@ -5,6 +5,7 @@ The loop is the same for one process and for many: with one rank, every function
 
 import os
 import signal
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class World:
     """how often torchrun has started the ranks anew, after one of them failed"""
     max_restarts: int = 0
     """how often it would"""
+    launch: str = ""
+    """which torchrun started this rank, the same after it started the ranks anew"""
 
     @property
     def is_main(self) -> bool:
@@ -114,7 +117,8 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
             raise RunStopped(
                 f"rank {rank} waited for all {size} ranks to start, and not all came: {' '.join(str(error).split())}"
             ) from error
-    return World(rank, local_rank, size, chosen, distributed, store, timeout_s, restarts, max_restarts)
+    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {socket.gethostname()} {os.getppid()}"
+    return World(rank, local_rank, size, chosen, distributed, store, timeout_s, restarts, max_restarts, launch)
 
 
 def stop(world: World) -> None:

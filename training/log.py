@@ -108,8 +108,7 @@ class RunLog:
                 losses = self.train_losses if match[2] == "trl" else self.val_losses
                 losses.append((int(match[1]), float(match[3])))
         for line in self._lines("metrics.jsonl"):
-            match = re.fullmatch(r'\{"step": (\d+), .*\}\n', line)
-            if match and int(match[1]) < first_step and _is_json(line):
+            if _step_of(line) < first_step:
                 kept["metrics.jsonl"].append(line)
         for name, lines in kept.items():
             if lines != self._lines(name):
@@ -147,12 +146,12 @@ class RunLog:
             self._refused.add(name)
 
 
-def _is_json(line: str) -> bool:
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite where it is not a whole line."""
     try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _tensorboard_writer(output_dir: Path, first_step: int):

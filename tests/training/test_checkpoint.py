@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import train
-from common import BadInput
+from common import BadInput, exclusive
 from data.loader import ShardLoader
 from data.shards import open_shard
 from model.gpt import GPT
@@ -249,22 +249,29 @@ def test_network_of_another_shape_is_refused_whatever_is_asked_for_and_nothing_i
     assert everything_in(whole.output_dir) == before
 
 
-def test_checkpoint_that_was_deleted_since_it_was_chosen(run_tiny, capsys, monkeypatch):
-    """By a run that ended between the choice and the lock."""
+def test_folder_is_held_before_a_checkpoint_in_it_is_chosen(run_tiny, monkeypatch):
+    """Or a run that ends in between deletes the one that was chosen."""
     whole = run_tiny(**FLAGS, checkpoint_every=10)
-    chosen = whole.output_dir / "checkpoints" / "step_10"
-    find = train.find_checkpoint
+    choose = checkpoint.choose
 
-    def find_and_lose(*args):
-        folder = find(*args)
-        shutil.rmtree(chosen)
-        return folder
+    def ask_for_it_too(*args):
+        with pytest.raises(BadInput, match="another run writes to it"), exclusive(whole.output_dir, "--output_dir"):
+            pass
+        asked.append(args)
+        return choose(*args)
 
-    monkeypatch.setattr(train, "find_checkpoint", find_and_lose)
-    with pytest.raises(SystemExit) as stopped:
-        run_tiny(**FLAGS, resume=chosen, output_dir=whole.output_dir)
-    assert stopped.value.code == 2 and f"deleted {chosen}; start again" in capsys.readouterr().err
-    assert len(whole.log) == 25 and steps_there(whole) == [20]
+    asked: list = []
+    monkeypatch.setattr(checkpoint, "choose", ask_for_it_too)
+    for resume in ("auto", whole.output_dir, whole.output_dir / "checkpoints" / "step_10"):
+        run_tiny(**FLAGS, resume=resume, output_dir=whole.output_dir)
+    assert len(asked) == 3
+
+
+def test_run_goes_on_through_a_link_to_its_folder(run_tiny, tmp_path):
+    whole = run_tiny(**FLAGS, checkpoint_every=10)
+    (tmp_path / "link").symlink_to(whole.output_dir)
+    run = run_tiny(**FLAGS, resume=whole.output_dir / "checkpoints" / "step_10", output_dir=tmp_path / "link")
+    assert "10 of 20 steps are done" in run.screen and len(run.metrics) == 20
 
 
 def test_run_whose_name_looks_like_a_checkpoint(run_tiny, tmp_path, capsys):
@@ -532,6 +539,44 @@ def test_preempted_run_that_could_not_save_does_not_end_well(start_ranks):
     assert processes.wait() == [train.STOPPED] * 2
     assert "the checkpoint of step 7 was not written" in processes.screen and "resume: " not in processes.screen
     assert (run.output_dir / "model.bin").exists()
+
+
+def signal_in_the_last_step(rank: int) -> None:
+    preempt(rank, "step", int(signal.SIGTERM))
+
+
+def test_signal_in_the_last_step_changes_nothing(run_ranks):
+    flags = FLAGS | {"num_iterations": 7, "batch_size": STRIDE // 2, "val_loss_every": 3}
+    run = run_ranks(2, signal_in_the_last_step, **flags)
+    assert run.log == run_ranks(2, **flags).log and run.log[-1].startswith("s:7 tel:")
+    assert "stopped" not in run.screen and "resume: " not in run.screen
+
+
+def stall_in_step_4(rank: int) -> None:
+    """Let the last rank write for longer than the others wait."""
+    write = checkpoint._Writer.write_data
+
+    def slow_write(self, plan, planner):
+        if rank == 1 and self.folder.name == "step_4":
+            time.sleep(6)
+        return write(self, plan, planner)
+
+    checkpoint._Writer.write_data = slow_write
+    train_line = RunLog.train
+
+    def slow_line(self, metrics):
+        train_line(self, metrics)
+        time.sleep(2)  # the save ends, on both ranks, before the next
+
+    RunLog.train = slow_line
+
+
+def test_save_after_one_that_timed_out_is_written(run_ranks):
+    flags = FLAGS | {"num_iterations": 12, "batch_size": STRIDE // 2, "val_loss_every": 0, "timeout_s": 3}
+    run = run_ranks(2, stall_in_step_4, **flags, checkpoint_every=4, keep=9)
+    (warning,) = [line for line in run.screen.splitlines() if "warning" in line]
+    assert "the checkpoint of step 4 was not written" in warning and "Timed out" in warning
+    assert steps_there(run) == [12, 8]
 
 
 def test_ctrl_c_saves_where_checkpoints_are_on(start_ranks):

@@ -265,9 +265,17 @@ def test_others_say_which_rank_died_or_hangs_and_end(start_ranks, how, zero_stag
         assert re.search(rf"\[rank {rank}\] waited \d+ s for the other ranks at step 3 \(.*\): .*{told}", error), error
 
 
-def test_torchrun_starts_again_from_the_newest_checkpoint(tiny, tmp_path, run_ranks):
+@pytest.mark.parametrize("begun", [False, True], ids=["a new run", "one that is gone on with"])
+def test_torchrun_starts_again_from_the_newest_checkpoint(tiny, tmp_path, run_ranks, begun):
     """A rank is killed; `--max-restarts 3` ends with the weights of the run in which none was."""
-    flags = {"num_iterations": 20, "checkpoint_every": 3, "shuffle": 1, "zero_stage": 1, "val_loss_every": 10}
+    flags = {
+        "num_iterations": 20,
+        "checkpoint_every": 3,
+        "shuffle": 1,
+        "zero_stage": 1,
+        "val_loss_every": 10,
+        "keep": 9,
+    }
     whole = run_ranks(2, **flags)
     script = tmp_path / "killed.py"
     script.write_text(
@@ -279,13 +287,21 @@ def test_torchrun_starts_again_from_the_newest_checkpoint(tiny, tmp_path, run_ra
         "def record(self, metrics):\n"
         "    line(self, metrics)\n"
         "    if attempt == 0 and metrics['step'] == 8 and os.environ['RANK'] == '1':\n"
+        f"        while not os.path.exists({str(tmp_path / 'restarted/checkpoints/step_6')!r}):\n"
+        "            time.sleep(0.01)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "RunLog.train = record\n"
         "if attempt and os.environ['RANK'] == '1':\n"
         "    time.sleep(2)  # rank 0 must not take up with the rank 1 of the attempt before\n"
         "sys.exit(train.main())\n"
     )
-    given = tiny | {"--output_dir": tmp_path / "restarted"} | {f"--{name}": value for name, value in flags.items()}
+    place = {"--output_dir": tmp_path / "restarted"}
+    if begun:
+        run_ranks(2, **flags, output_dir=tmp_path / "restarted")
+        for step in (6, 9, 12, 15, 18, 20):
+            shutil.rmtree(tmp_path / "restarted" / "checkpoints" / f"step_{step}", ignore_errors=True)
+        place = {"--resume": tmp_path / "restarted" / "checkpoints" / "step_3"}
+    given = tiny | place | {f"--{name}": value for name, value in flags.items()}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
     done = subprocess.run(
         [*command, str(script), *command_line(given)],
@@ -296,10 +312,28 @@ def test_torchrun_starts_again_from_the_newest_checkpoint(tiny, tmp_path, run_ra
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"resumed from \S+/step_[36]: ", done.stdout)) == 1
+    assert re.findall(r"resumed from \S+/(step_\d): ", done.stdout) == ["step_3"] * begun + ["step_6"]
     assert "rank 1 is gone" in done.stderr
     restarted = Run(tmp_path / "restarted", done.stdout)
     assert restarted.log == whole.log and same_weights(restarted, whole)
+
+
+def test_restart_leaves_a_folder_alone_that_is_of_another_launch(tiny, tmp_path, run_tiny):
+    """torchrun starts the ranks again after they refused it."""
+    other = run_tiny(num_iterations=3, checkpoint_every=2, output_dir=tmp_path / "other")
+    before = {path.name: path.read_bytes() for path in other.output_dir.iterdir() if path.is_file()}
+    flags = {"num_iterations": 3, "checkpoint_every": 2, "output_dir": other.output_dir, "learning_rate": 1e-3}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    done = subprocess.run(
+        [*command, "--max-restarts=2", "train.py", *command_line(tiny | {f"--{k}": v for k, v in flags.items()})],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode != 0 and done.stderr.count("is not empty") == 3, done.stderr
+    assert {path.name: path.read_bytes() for path in other.output_dir.iterdir() if path.is_file()} == before
 
 
 def test_restarts_need_a_place(tiny, monkeypatch, capsys):
