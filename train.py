@@ -339,7 +339,7 @@ def choose_output_dir(config: Config, held: contextlib.ExitStack) -> Path | None
     on, so that nobody changes the checkpoints in it.
 
     Raises:
-        BadInput: another run has it.
+        BadInput: another run has it, or it cannot be looked at.
     """
     if config.output_dir == "":
         return None
@@ -351,8 +351,9 @@ def choose_output_dir(config: Config, held: contextlib.ExitStack) -> Path | None
             if not path.exists():
                 break
             path = Path("runs") / f"{name}-{number}"
-    if path.is_dir():
-        held.enter_context(exclusive(path, "--output_dir"))
+    with write_errors(f"--output_dir {path}"):  # it may not even be looked at
+        if path.is_dir():
+            held.enter_context(exclusive(path, "--output_dir"))
     return path
 
 
