@@ -23,7 +23,7 @@ def exit_on_bad_input(program: str) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
         print(f"{program}{rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 

@@ -74,22 +74,20 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     output_dir = distributed.on_main(world, lambda: choose_output_dir(config, held))
     resumed = find_checkpoint(config, world, train_loader, facts, output_dir)
     first_step = checkpoint.step_of(resumed) if resumed else 0
-    distributed.on_main(world, lambda: make_output_dir(output_dir, config, world, gpt, held))
-    log = RunLog(
-        output_dir if world.is_main else None,
-        f"{config.model} on {world.size} × {device_name(world)}",
-        bool(config.tensorboard),
-        first_step,
-    )
-    if world.is_main:
+    log = RunLog(output_dir if world.is_main else None, f"{config.model} on {world.size} × {device_name(world)}")
+
+    def begin() -> None:
+        make_output_dir(output_dir, config, world, gpt, held)
+        log.open(first_step, bool(config.tensorboard))
         describe(config, world, gpt, train_loader, resumed)
-    if output_dir and world.is_main:
-        write_config(output_dir / RUN_CONFIG, config, facts | {"launch": world.launch})
-        for name in checkpoint.tidy(output_dir, first_step):
-            print(f"set aside {name}: its steps come again")
-        if config.write_tensors and not resumed:
-            write_tensors(output_dir, config, gpt, train_loader, world.device)
-    distributed.barrier(world)
+        if output_dir:
+            write_config(output_dir / RUN_CONFIG, config, facts | {"launch": world.launch})
+            for name in checkpoint.tidy(output_dir, first_step):
+                print(f"set aside {name}: its steps come again")
+            if config.write_tensors and not resumed:
+                write_tensors(output_dir, config, gpt, train_loader, world.device)
+
+    distributed.on_main(world, begin)
     gpt.to(world.device)
     model, network = distributed.spread(gpt, world, config.zero_stage, config.dtype, bool(config.compile))
     params = dict(gpt.named_parameters())
@@ -225,6 +223,7 @@ def train(
         ends = interrupted or preempted or state.step == config.num_iterations
         if checkpoints.folder and (is_due(config.checkpoint_every, state.step, ends) or preempted):
             watchdog.at(step, "saving")
+            log.sync()  # what is on disk tells of every step up to the checkpoint, also after the power failed
             checkpoints.save(state)
         checkpoints.poll()
         if (interrupted or preempted) and state.step < config.num_iterations:
@@ -487,7 +486,9 @@ def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader, resume
 
 def conclude(config: Config, world: World, output_dir: Path, resumable: bool) -> None:
     """Say where everything is, and what can be done with it."""
-    print(f"\nrun directory: {output_dir} ({', '.join(sorted(path.name for path in output_dir.iterdir()))})")
+    with write_errors(output_dir):
+        names = sorted(path.name for path in output_dir.iterdir())
+    print(f"\nrun directory: {output_dir} ({', '.join(names)})")
     if resumable:
         launcher = "torchrun ..." if world.distributed else "python"
         print(f"resume: {launcher} train.py {config.command_line(output_dir=str(output_dir), resume='auto')}")

@@ -1,11 +1,15 @@
 """The loader: what each rank reads from the shards, and in which order."""
 
+import hashlib
+
 import numpy as np
 import torch
 
 from common import BadInput
 from data.shards import find_shards, open_shard
 
+END = 1024
+"""tokens at both ends of a shard, by which a saved position knows it"""
 SCAN_BLOCK = 1 << 22
 """tokens looked at in one go for ids that are too large"""
 
@@ -54,7 +58,10 @@ class ShardLoader:
         self.vocab_size = vocab_size
         self.shuffle_seed = shuffle_seed
         self.files = find_shards(pattern)
-        self._lengths = [len(open_shard(path)) for path in self.files]
+        shards = [open_shard(path) for path in self.files]
+        self._lengths = [len(tokens) for tokens in shards]
+        ends = b"".join(part.tobytes() for tokens in shards for part in (tokens[:END], tokens[-END:]))
+        self._digest = hashlib.sha256(ends).hexdigest()
         self.total_tokens = sum(self._lengths)
         needed, unit = self._stride + 1, "ranks * batch_size * sequence_length"
         if self._shuffled:
@@ -86,7 +93,8 @@ class ShardLoader:
         """The position of the next batch, the same on every rank: the shard and the token in it; shuffled, the number
         of sequences that were read so far by all ranks together."""
         names = ("sequence",) if self._shuffled else ("shard", "base")
-        return dict(zip(names, self._position, strict=True)) | {"lengths": list(self._lengths)}
+        shards = {"lengths": list(self._lengths), "digest": self._digest}
+        return dict(zip(names, self._position, strict=True)) | shards
 
     def load_state_dict(self, state: dict) -> None:
         """Go to a position that `state_dict` gave.
@@ -98,6 +106,11 @@ class ShardLoader:
             raise BadInput(
                 f"the saved position is of {len(state['lengths'])} shards with {sum(state['lengths'])} tokens, and "
                 f"--input_bin has {len(self.files)} with {self.total_tokens}; name the shards that were trained on"
+            )
+        if state["digest"] != self._digest:
+            raise BadInput(
+                "the saved position is of shards of the same lengths with other tokens than --input_bin has; name the "
+                "shards that were trained on"
             )
         if self._shuffled != ("sequence" in state):
             raise BadInput(f"the saved position is of --shuffle {int(not self._shuffled)}; give that")

@@ -20,6 +20,7 @@ import train
 from data.shards import open_shard
 from model import llmc
 from tests.conftest import ROOT, TINY, command_line
+from training.log import RunLog
 
 
 def tokens_of(pattern: str) -> list[torch.Tensor]:
@@ -225,6 +226,20 @@ def test_without_any_flag_but_the_number_of_steps(tmp_path, monkeypatch, capsys)
     assert screen.count("sample: ") == 2
     expected = {f"gpt2_nano{kind}.bin" for kind in ("", "_bf16", "_debug_state")} | {"gpt2_tokenizer.bin", "model.bin"}
     assert {path.name for path in output_dir.glob("*.bin")} == expected
+
+
+def test_folder_that_is_taken_away_under_a_run(tiny, tmp_path, monkeypatch, capsys):
+    line = RunLog.train
+
+    def take_away(self, metrics):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        line(self, metrics)
+
+    monkeypatch.setattr(RunLog, "train", take_away)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(command_line(tiny | {"--output_dir": tmp_path / "run", "--inference_only": 1}))
+    assert stopped.value.code == 2
+    assert f"cannot write {tmp_path / 'run'}: No such file or directory" in capsys.readouterr().err
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tiny, tmp_path, monkeypatch):

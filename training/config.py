@@ -11,6 +11,9 @@ from common import BadInput
 
 DTYPES = ("float32", "float16", "bfloat16")
 
+LONGEST_TIMEOUT_S = 10**9
+"""torch counts nanoseconds in 64 bits"""
+
 LAPTOP = {
     "model": "nano",
     "batch_size": 8,
@@ -177,6 +180,8 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "total_batch_size", "val_max_steps", "timeout_s", "keep"):
             self._check(name, getattr(self, name), least=1)
+        if self.timeout_s > LONGEST_TIMEOUT_S:
+            raise BadInput(f"--timeout_s is {self.timeout_s}; it must be at most {LONGEST_TIMEOUT_S}")
         for name in ("num_iterations", "warmup_iters", "val_loss_every", "sample_every", "check_ranks_every"):
             self._check(name, getattr(self, name), least=0)
         for name in ("checkpoint_every", "keep_every"):

@@ -25,6 +25,9 @@ DEVICES = ("cuda", "mps", "cpu")
 TIMEOUT_S = 600
 """how long a rank waits for the others, unless told otherwise"""
 
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""what torchrun tells a rank by environment variables"""
+
 T = TypeVar("T")
 
 
@@ -67,7 +70,7 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
         timeout_s: how long a rank waits for the others before it gives up.
 
     Raises:
-        BadInput: no such device here, or a ZeRO stage outside torchrun.
+        BadInput: no such device here, a ZeRO stage outside torchrun, or half of what torchrun tells its ranks.
         RunStopped: a rank did not start in time.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -81,7 +84,10 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
     if index and not (kind == "cuda" and index.isdecimal() and int(index) < torch.cuda.device_count()):
         raise BadInput(f"--device {device}: there is no such device here; leave the number out")
 
-    distributed = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    distributed = "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    missing = [name for name in OF_A_RANK if name not in os.environ]
+    if distributed and missing:
+        raise BadInput(f"the environment is that of a rank, without {', '.join(missing)}; start ranks with torchrun")
     if zero_stage and not distributed:
         raise BadInput(
             f"--zero_stage {zero_stage} shards over ranks: start it as torchrun --nproc_per_node GPUS train.py ..., "
@@ -278,7 +284,7 @@ def mean(values: torch.Tensor, world: World) -> torch.Tensor:
 class StopRequest:
     """Signals that ask the run to end after the step at hand.
 
-    Ctrl-C (SIGINT) interrupts; a second one ends the run at once. SIGTERM and SIGUSR1, which schedulers send before
+    Ctrl-C (SIGINT) interrupts; a second one ends the process at once. SIGTERM and SIGUSR1, which schedulers send before
     they take the machine away, preempt: the run saves first.
     """
 
@@ -295,8 +301,9 @@ class StopRequest:
         return self
 
     def _on_interrupt(self, signum: int, frame: object) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
+        if self.interrupted:  # an exception would wait for the thread that saves
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
         self.interrupted = True
 
     def _on_preemption(self, signum: int, frame: object) -> None:

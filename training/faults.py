@@ -24,8 +24,8 @@ MOST_SKIPPED = 20
 loss scale"""
 
 PULSE_S = 1.0
-SILENCE_S = 3.5
-"""a rank that did not write its pulse for so long is taken for dead"""
+SILENCE_S = 3.0
+"""a rank that does not write its pulse for so long is taken for dead"""
 
 
 class UpdateGuard:
@@ -139,7 +139,7 @@ class Watchdog:
 
     Each rank writes its place in the run to the store of the process group, every second, from a thread. When a
     collective fails, or nothing has moved for most of the time-out, the places of the others tell who died (nothing
-    more is heard of it) and who hangs (it is still at an earlier place).
+    more is heard of it) and who hangs (it is still at an earlier place). Clocks of different machines are not compared.
 
     Args:
         world: the ranks; with one process, nothing happens.
@@ -150,6 +150,7 @@ class Watchdog:
         self._place = (0, 0, "starting")
         self._since = time.monotonic()
         self._ended = False
+        self._beats = 0
         self._over = threading.Event()
         self._store = world.store.clone() if world.store else None
 
@@ -176,7 +177,7 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):  # the store may be gone too
                 self._write()
             if self.world.is_main:  # it may hold the store, in which the others are still reading
-                time.sleep(SILENCE_S)
+                time.sleep(SILENCE_S + PULSE_S)
             sys.stdout.flush()
             os._exit(1)  # threads that wait for the others would keep the process
         finally:
@@ -195,23 +196,32 @@ class Watchdog:
                 print(self._explain(None), file=sys.stderr, flush=True)
 
     def _write(self) -> None:
-        self._store.set(f"pulse/{self.world.rank}", json.dumps([time.time(), *self._place, self._ended]))
+        self._beats += 1
+        self._store.set(f"pulse/{self.world.rank}", json.dumps([self._beats, *self._place, self._ended]))
+
+    def _pulses(self) -> dict[int, list]:
+        """What each of the other ranks wrote last."""
+        ranks = [rank for rank in range(self.world.size) if rank != self.world.rank]
+        return {r: json.loads(self._store.get(f"pulse/{r}")) for r in ranks if self._store.check([f"pulse/{r}"])}
 
     def _explain(self, error: Exception | None) -> str:
         """One line: where this rank is, what it waited for, who is missing."""
         waited = time.monotonic() - self._since
         here = f"[rank {self.world.rank}] waited {waited:.0f} s for the other ranks at {self._name(self._place)}"
         try:
-            if error:  # a rank that died just now is still fresh in the store
-                time.sleep(SILENCE_S)
-            ranks = [rank for rank in range(self.world.size) if rank != self.world.rank]
-            known = {r: json.loads(self._store.get(f"pulse/{r}")) for r in ranks if self._store.check([f"pulse/{r}"])}
+            before = self._pulses()
+            for _ in range(round(SILENCE_S / PULSE_S)):
+                time.sleep(PULSE_S)
+                self._write()  # others may be listening for this one
+            after = self._pulses()
         except RuntimeError:
             return f"{here}: rank 0 is gone, and with it what the ranks write to"
         gone, behind = [], []
-        for rank in ranks:
-            when, *place, ended = known.get(rank, (0.0, *(0, 0, "starting"), False))
-            if time.time() - when > SILENCE_S - PULSE_S / 2 and not ended:
+        for rank in range(self.world.size):
+            if rank == self.world.rank:
+                continue
+            _, *place, ended = after.get(rank, (0, 0, 0, "starting", False))
+            if after.get(rank) == before.get(rank) and not ended:
                 gone.append(f"rank {rank} is gone, last heard of at {self._name(place)}")
             elif tuple(place[:2]) < self._place[:2]:
                 behind.append(f"rank {rank} has not arrived, it is at {self._name(place)}")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -28,29 +29,32 @@ class RunLog:
     Args:
         output_dir: an existing folder, or None to keep nothing.
         title: what loss.png is headed with.
-        tensorboard: write TensorBoard events as well.
-        first_step: where a run goes on that was here before; what it recorded from this step on is forgotten.
-
-    Raises:
-        BadInput: what an earlier run left cannot be cut, or tensorboard is not installed.
     """
 
-    def __init__(
-        self,
-        output_dir: Path | None,
-        title: str = "",
-        tensorboard: bool = False,
-        first_step: int = 0,
-    ):
+    def __init__(self, output_dir: Path | None, title: str = ""):
         self.output_dir = output_dir
         self.title = title
         self._waiting = {"main.log": b"", "metrics.jsonl": b""}
         self._refused: set[str] = set()
         self.train_losses: list[tuple[int, float]] = []
         self.val_losses: list[tuple[int, float]] = []
-        self._events = _tensorboard_writer(output_dir, first_step) if tensorboard and output_dir else None
-        if output_dir:
+        self._events = None
+
+    def open(self, first_step: int = 0, tensorboard: bool = False) -> "RunLog":
+        """Go on from a step of a run that was here before; what it recorded from there on is forgotten.
+
+        Args:
+            first_step: that step; 0 for a new run.
+            tensorboard: write TensorBoard events as well.
+
+        Raises:
+            BadInput: what an earlier run left cannot be cut, or tensorboard is not installed.
+        """
+        if self.output_dir:
+            if tensorboard:
+                self._events = _tensorboard_writer(self.output_dir, first_step)
             self._go_on_from(first_step)
+        return self
 
     def train(self, metrics: dict[str, float | None]) -> None:
         """Record an update: its `step` and `loss`, and whatever else stands in `metrics`, as one line of metrics.jsonl.
@@ -88,6 +92,13 @@ class RunLog:
         axes.legend()
         with self._going_on("loss.png"), atomic_write(self.output_dir / "loss.png") as file:
             figure.savefig(file, format="png", dpi=120)
+
+    def sync(self) -> None:
+        """Make the lines outlast a power failure."""
+        for name in self._waiting:
+            if self.output_dir:
+                with self._going_on(name), open(self.output_dir / name, "ab") as file:
+                    os.fsync(file.fileno())
 
     def close(self) -> None:
         """Draw the last picture and flush what was not written yet."""

@@ -128,6 +128,20 @@ def test_position_of_other_shards_is_refused(corpus, tmp_path):
     assert same(loader.next_batch(), first)
 
 
+@pytest.mark.parametrize("at", [0, -1], ids=["first", "last"])
+def test_position_of_shards_of_the_same_lengths_is_refused(corpus, tmp_path, at, monkeypatch):
+    monkeypatch.setattr(data.loader, "END", 10)
+    state = ShardLoader(corpus[0], GLOBAL_BATCH, T).state_dict()
+    pattern, tokens = write_shards(tmp_path, LENGTHS)
+    ShardLoader(pattern, GLOBAL_BATCH, T).load_state_dict(state)  # wherever they are
+    path = tmp_path / "train_000003.bin"
+    tokens[3][at] ^= 1
+    path.write_bytes(path.read_bytes()[:1024] + tokens[3].tobytes())
+    other = ShardLoader(pattern, GLOBAL_BATCH, T)
+    with pytest.raises(BadInput, match="of the same lengths with other tokens than --input_bin has"):
+        other.load_state_dict(state)
+
+
 @pytest.mark.parametrize("steps", [1, 3, ROUND_TRIP - 1, ROUND_TRIP, ROUND_TRIP + 4])
 def test_reset_returns_to_the_first_token(corpus, steps):
     loader = ranks(corpus[0], 2)[1]

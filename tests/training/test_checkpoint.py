@@ -317,6 +317,17 @@ def test_other_shards_are_refused_or_read_from_the_beginning(run_tiny, tiny, cap
     assert "reading the data from the beginning" in run.screen
 
 
+def test_log_is_on_disk_before_the_checkpoint_that_follows_it(run_tiny, monkeypatch):
+    events = []
+    sync, save = RunLog.sync, checkpoint.Checkpoints.save
+    monkeypatch.setattr(RunLog, "sync", lambda self: (events.append("sync"), sync(self))[1])
+    monkeypatch.setattr(
+        checkpoint.Checkpoints, "save", lambda self, state: (events.append(state.step), save(self, state))[1]
+    )
+    run_tiny(**FLAGS, checkpoint_every=10)
+    assert events == ["sync", 10, "sync", 20]
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -328,6 +339,7 @@ def test_other_shards_are_refused_or_read_from_the_beginning(run_tiny, tiny, cap
         ({"resume": "auto", "inference_only": 1}, "--resume goes on with a training run"),
         ({"keep": 0}, "--keep is 0"),
         ({"timeout_s": 0}, "--timeout_s is 0"),
+        ({"timeout_s": 10**10}, "--timeout_s is 10000000000; it must be at most 1000000000"),
         ({"skip_loss_z": -1}, "--skip_loss_z is -1"),
     ],
 )
@@ -585,6 +597,27 @@ def test_ctrl_c_saves_where_checkpoints_are_on(start_ranks):
         assert processes.wait() == [train.INTERRUPTED]
         assert steps_there(run) == expected
         assert ("resume: python train.py" in processes.screen) == bool(expected)
+
+
+def test_second_ctrl_c_does_not_wait_for_a_save(start_ranks):
+    started = time.monotonic()
+    processes, run = start_ranks(0, interrupt_twice, checkpoint_every=2, **FLAGS)
+    assert processes.wait() == [-signal.SIGINT]
+    assert time.monotonic() - started < 30 and processes.errors == ""
+    assert steps_there(run) == [] and len(run.metrics) in (2, 3)
+
+
+def interrupt_twice(rank: int) -> None:
+    """Once the save of step 2 is under way, which would take a minute."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def write(self, plan, planner):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    checkpoint._Writer.write_data = write
 
 
 def interrupt_at_step_4(rank: int) -> None:

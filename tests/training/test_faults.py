@@ -227,7 +227,9 @@ def test_ranks_that_agree_go_on(run_ranks):
 
 
 def die_or_hang(rank: int, how: str) -> None:
-    """In the second micro-step of the third step, on rank 1."""
+    """In the second micro-step of the third step, on rank 1. The clocks of the ranks are minutes apart."""
+    clock = time.time
+    time.time = lambda: clock() + 100 * rank
     if rank != 1:
         return
     next_batch, calls = ShardLoader.next_batch, []
@@ -334,6 +336,40 @@ def test_restart_leaves_a_folder_alone_that_is_of_another_launch(tiny, tmp_path,
     )
     assert done.returncode != 0 and done.stderr.count("is not empty") == 3, done.stderr
     assert {path.name: path.read_bytes() for path in other.output_dir.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, "without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, "without MASTER_ADDR, MASTER_PORT"),
+        ({"LOCAL_RANK": "0"}, "without RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+    ],
+)
+def test_half_of_what_torchrun_says_is_refused(tiny, monkeypatch, capsys, environment, told):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(command_line(tiny))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and told in line and line.endswith("start ranks with torchrun")
+
+
+def test_one_process_in_an_environment_that_knows_of_ranks(run_tiny, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert len(run_tiny(num_iterations=2).losses) == 2
+
+
+def hide_tensorboard(rank: int) -> None:
+    sys.modules["torch.utils.tensorboard"] = None
+
+
+def test_what_one_rank_finds_before_the_first_step_ends_all_of_them(start_ranks):
+    processes, _ = start_ranks(2, hide_tensorboard, tensorboard=1)
+    assert processes.wait() == [2, 2]
+    lines = processes.errors.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"train.py [rank {rank}]" for rank in range(2)]
+    assert all("--tensorboard 1 needs tensorboard" in line for line in lines)
 
 
 def test_restarts_need_a_place(tiny, monkeypatch, capsys):

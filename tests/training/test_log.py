@@ -15,7 +15,7 @@ from training.log import RunLog, peak_memory_mib, resource, tell
 
 
 def test_main_log_has_llmc_lines_and_metrics_are_json(tmp_path):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path).open()
     log.validation(0, 10.8234567)
     log.train({"step": 0, "loss": 10.5, "norm": float("inf"), "mfu": None})
     log.train({"step": 1, "loss": float("nan"), "norm": 1.25, "mfu": None})
@@ -28,7 +28,7 @@ def test_main_log_has_llmc_lines_and_metrics_are_json(tmp_path):
 
 
 def test_picture_shows_both_curves_and_is_redrawn(tmp_path):
-    log = RunLog(tmp_path, title="a run")
+    log = RunLog(tmp_path, title="a run").open()
     log.validation(0, 10.0)
     first = imread(tmp_path / "loss.png")
     for step in range(20):
@@ -48,7 +48,7 @@ def test_picture_shows_both_curves_and_is_redrawn(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_full_disk_is_told_of_and_lines_wait(tmp_path, capsys):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path).open()
     log.train({"step": 0, "loss": 1.0})
     main, kept = tmp_path / "main.log", tmp_path / "kept"
     for times, written in ((1, 1), (2, 4)):  # full, and full again later
@@ -77,8 +77,19 @@ def test_screen_on_a_full_disk(monkeypatch):
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that it can be closed
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="inodes")
+def test_sync_is_of_both_logs(tmp_path, monkeypatch):
+    log = RunLog(tmp_path).open()
+    log.train({"step": 0, "loss": 1.0})
+    synced = {}
+    monkeypatch.setattr(os, "fsync", lambda file: synced.update({os.fstat(file).st_ino: os.fstat(file).st_size}))
+    log.sync()
+    there = [(tmp_path / name).stat() for name in ("main.log", "metrics.jsonl")]
+    assert synced == {stat.st_ino: stat.st_size for stat in there} and all(synced.values())
+
+
 def test_folder_that_is_gone_is_no_reason_to_stop(tmp_path, capsys):
-    log = RunLog(tmp_path / "run")
+    log = RunLog(tmp_path / "run").open()
     log.train({"step": 0, "loss": 1.0})
     log.validation(1, 1.0)
     (tmp_path / "run").mkdir()
@@ -93,7 +104,7 @@ def test_folder_that_is_gone_is_no_reason_to_stop(tmp_path, capsys):
 @pytest.mark.skipif(resource is None, reason="Windows has no limits")
 def test_line_that_was_written_in_part_is_finished_later(tmp_path, capsys):
     """The operating system takes a part of the last write that fits, as it does on a disk that gets full."""
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path).open()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (25, limits[1]))
@@ -110,13 +121,13 @@ def test_line_that_was_written_in_part_is_finished_later(tmp_path, capsys):
     "junk", [b"\0" * 40 + b"\n", b"\xff\xfe\n", b'{"step": 1, "los{"step": 1, "loss": 1.0}\n', b"{}\n"]
 )
 def test_what_a_crash_left_of_a_line_is_cut(tmp_path, junk):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path).open()
     log.train({"step": 0, "loss": 1.0})
     log.train({"step": 1, "loss": 1.0})
     for name in ("main.log", "metrics.jsonl"):
         first, second = (tmp_path / name).read_bytes().splitlines(keepends=True)
         (tmp_path / name).write_bytes(first + junk + second)
-    RunLog(tmp_path, first_step=2)
+    RunLog(tmp_path).open(first_step=2)
     assert (tmp_path / "main.log").read_text() == "s:0 trl:1.000000\ns:1 trl:1.000000\n"
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1]
@@ -127,7 +138,7 @@ def test_events_of_a_run_that_begins_anew_replace_the_old_ones(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for _ in range(2):
-        log = RunLog(tmp_path, tensorboard=True)
+        log = RunLog(tmp_path).open(tensorboard=True)
         log.train({"step": 0, "loss": 1.0})
         log.close()
         time.sleep(1.1)  # events are ordered by files that are named by the second
@@ -136,7 +147,7 @@ def test_events_of_a_run_that_begins_anew_replace_the_old_ones(tmp_path):
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    log = RunLog(None)
+    log = RunLog(None).open()
     log.train({"step": 0, "loss": 1.0})
     log.validation(0, 1.0)
     log.close()
@@ -146,12 +157,12 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
 def test_tensorboard_missing_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(BadInput, match=r"--tensorboard 1 .*pip install"):
-        RunLog(tmp_path, tensorboard=True)
+        RunLog(tmp_path).open(tensorboard=True)
 
 
 def test_tensorboard_gets_every_metric(tmp_path):
     pytest.importorskip("tensorboard")
-    log = RunLog(tmp_path, tensorboard=True)
+    log = RunLog(tmp_path).open(tensorboard=True)
     log.train({"step": 0, "loss": 1.0, "norm": 2.0, "mfu": None})
     log.validation(0, 3.0)
     log.close()
