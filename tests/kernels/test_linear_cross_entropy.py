@@ -322,6 +322,7 @@ def peak_bytes(call: Callable[[], None]) -> int:
     return peak
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # the sum of losses that nobody wrote
 @pytest.mark.parametrize("width", [8, 64])
 def test_memory(width, monkeypatch):
     """At most an eighth of the logits beside the gradients; whoever makes the logits is far from it."""
