@@ -107,7 +107,7 @@ class ShardLoader:
                 f"the saved position is of {len(state['lengths'])} shards with {sum(state['lengths'])} tokens, and "
                 f"--input_bin has {len(self.files)} with {self.total_tokens}; name the shards that were trained on"
             )
-        if state["digest"] != self._digest:
+        if state.get("digest", self._digest) != self._digest:  # the first checkpoints have none
             raise BadInput(
                 "the saved position is of shards of the same lengths with other tokens than --input_bin has; name the "
                 "shards that were trained on"

@@ -140,6 +140,8 @@ def test_position_of_shards_of_the_same_lengths_is_refused(corpus, tmp_path, at,
     other = ShardLoader(pattern, GLOBAL_BATCH, T)
     with pytest.raises(BadInput, match="of the same lengths with other tokens than --input_bin has"):
         other.load_state_dict(state)
+    del state["digest"]
+    other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("steps", [1, 3, ROUND_TRIP - 1, ROUND_TRIP, ROUND_TRIP + 4])
