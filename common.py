@@ -1,4 +1,4 @@
-"""What every part leans on: the error that bad input raises, and files that are whole or not there."""
+"""What every part leans on: the error for bad input, files that are whole or not there, folders that are held."""
 
 import contextlib
 import os

@@ -71,13 +71,13 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     if config.check:
         return check_backend(config, world, gpt, train_loader)
     facts = run_facts(config, world, gpt)
-    output_dir = distributed.on_main(world, lambda: choose_output_dir(config, held))
-    resumed = find_checkpoint(config, world, train_loader, facts, output_dir)
+    output_dir, restarted = distributed.on_main(world, lambda: choose_output_dir(config, world, held))
+    resumed = find_checkpoint(config, world, train_loader, facts, output_dir, restarted)
     first_step = checkpoint.step_of(resumed) if resumed else 0
     log = RunLog(output_dir if world.is_main else None, f"{config.model} on {world.size} × {device_name(world)}")
 
     def begin() -> None:
-        make_output_dir(output_dir, config, world, gpt, held)
+        make_output_dir(output_dir, config, restarted, gpt, held)
         log.open(first_step, bool(config.tensorboard))
         describe(config, world, gpt, train_loader, resumed)
         if output_dir:
@@ -333,15 +333,18 @@ def run_facts(config: Config, world: World, gpt: GPT) -> dict:
     }
 
 
-def choose_output_dir(config: Config, held: contextlib.ExitStack) -> Path | None:
-    """The run directory, which is not made yet; None for none. One that is there is held against other runs from now
-    on, so that nobody changes the checkpoints in it.
+def choose_output_dir(config: Config, world: World, held: contextlib.ExitStack) -> tuple[Path | None, bool]:
+    """The run directory. One that is there is held against other runs from now on, so that nobody changes the
+    checkpoints in it.
+
+    Returns:
+        (the folder, which may have to be made; None for none, whether an earlier attempt of the same torchrun made it)
 
     Raises:
         BadInput: another run has it, or it cannot be looked at.
     """
     if config.output_dir == "":
-        return None
+        return None, False
     path = Path(config.output_dir) if config.output_dir else checkpoint.run_of(config.resume)
     if path is None:
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{llmc.size_name(config.model)}"
@@ -353,18 +356,13 @@ def choose_output_dir(config: Config, held: contextlib.ExitStack) -> Path | None
     with write_errors(f"--output_dir {path}"):  # it may not even be looked at
         if path.is_dir():
             held.enter_context(exclusive(path, "--output_dir"))
-    return path
-
-
-def was_made_before_a_restart(output_dir: Path | None, world: World) -> bool:
-    """Whether an earlier attempt of the same torchrun made the run directory."""
-    if not (world.restarts and output_dir and (output_dir / RUN_CONFIG).exists()):
-        return False
-    return json.loads((output_dir / RUN_CONFIG).read_bytes()).get("launch") == world.launch
+        there = world.restarts and (path / RUN_CONFIG).exists()
+        restarted = there and json.loads((path / RUN_CONFIG).read_bytes()).get("launch") == world.launch
+    return path, bool(restarted)
 
 
 def find_checkpoint(
-    config: Config, world: World, loader: ShardLoader, facts: dict, output_dir: Path | None
+    config: Config, world: World, loader: ShardLoader, facts: dict, output_dir: Path | None, restarted: bool
 ) -> Path | None:
     """The checkpoint to go on from, with `loader` at its position; None to begin anew.
 
@@ -378,7 +376,6 @@ def find_checkpoint(
             "is the same after a restart"
         )
     folder = None
-    restarted = distributed.on_main(world, lambda: was_made_before_a_restart(output_dir, world))
     if config.resume == "auto" or restarted:
         folder = checkpoint.choose("auto", output_dir, world, lambda line: say(world, line))
     if folder is None and config.resume != "auto":
@@ -404,7 +401,7 @@ def find_checkpoint(
     return folder
 
 
-def make_output_dir(path: Path | None, config: Config, world: World, gpt: GPT, held: contextlib.ExitStack) -> None:
+def make_output_dir(path: Path | None, config: Config, restarted: bool, gpt: GPT, held: contextlib.ExitStack) -> None:
     """Create the run directory and hold it against other runs, or see that this run may go on in it.
 
     Raises:
@@ -413,8 +410,9 @@ def make_output_dir(path: Path | None, config: Config, world: World, gpt: GPT, h
     if path is None:
         return
     home = checkpoint.run_of(config.resume)
-    goes_on = config.resume == "auto" or was_made_before_a_restart(path, world)
-    if not (home and home.resolve() == path.resolve()) and not (goes_on and (path / RUN_CONFIG).exists()):
+    is_home = home is not None and home.resolve() == path.resolve()
+    goes_on = config.resume == "auto" and (path / RUN_CONFIG).exists()
+    if not (is_home or goes_on or restarted):
         refuse_if_occupied(path)
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free

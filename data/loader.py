@@ -10,6 +10,8 @@ from data.shards import find_shards, open_shard
 
 END = 1024
 """tokens at both ends of a shard, by which a saved position knows it"""
+IN_USE = 8
+"""shards at a time, and more than are ever read from in a row; each that is mapped is an open file"""
 SCAN_BLOCK = 1 << 22
 """tokens looked at in one go for ids that are too large"""
 
@@ -58,10 +60,12 @@ class ShardLoader:
         self.vocab_size = vocab_size
         self.shuffle_seed = shuffle_seed
         self.files = find_shards(pattern)
-        shards = [open_shard(path) for path in self.files]
-        self._lengths = [len(tokens) for tokens in shards]
-        ends = b"".join(part.tobytes() for tokens in shards for part in (tokens[:END], tokens[-END:]))
-        self._digest = hashlib.sha256(ends).hexdigest()
+        self._lengths, ends = [], hashlib.sha256()
+        for path in self.files:
+            tokens = open_shard(path)
+            self._lengths.append(len(tokens))
+            ends.update(tokens[:END].tobytes() + tokens[-END:].tobytes())
+        self._digest = ends.hexdigest()
         self.total_tokens = sum(self._lengths)
         needed, unit = self._stride + 1, "ranks * batch_size * sequence_length"
         if self._shuffled:
@@ -74,7 +78,8 @@ class ShardLoader:
                 )
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._ahead = None  # the batch that is on its way to the GPU
-        self._mapped: dict[int, np.ndarray] = {}  # the tokens of the shards that were opened
+        self._mapped: dict[int, np.ndarray] = {}  # the tokens of the shards that are read from
+        self._scanned: set[int] = set()  # those whose ids were looked through
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
         self._sequences = np.array([(length - 1) // sequence_length for length in self._lengths])
         self.reset()
@@ -200,8 +205,8 @@ class ShardLoader:
         """
         key = (epoch, shard)
         if key not in self._permutations:
-            if len(self._permutations) > 8:
-                self._permutations.clear()  # no more than a few are in use at a time
+            if len(self._permutations) > IN_USE:
+                self._permutations.clear()
             random = np.random.RandomState([self.shuffle_seed, epoch, shard + 1])
             self._permutations[key] = random.permutation(length)
         return self._permutations[key]
@@ -216,16 +221,24 @@ class ShardLoader:
             return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def _open(self, shard: int) -> np.ndarray:
-        """The tokens of a shard; the first time it is mapped and its ids are looked through."""
+        """The tokens of a shard; the first time, its ids are looked through."""
         if shard not in self._mapped:
             tokens = open_shard(self.files[shard])
-            for start in range(0, len(tokens), SCAN_BLOCK):
-                block = tokens[start : start + SCAN_BLOCK]
-                if block.max() >= self.vocab_size:
-                    at = start + int(np.argmax(block >= self.vocab_size))
-                    raise BadInput(
-                        f"{self.files[shard]}: token {at} has the id {tokens[at]}, and the model knows "
-                        f"{self.vocab_size} ids; train on shards of the model's own tokenizer"
-                    )
+            if shard not in self._scanned:
+                self._scan(shard, tokens)
+                self._scanned.add(shard)
+            if len(self._mapped) > IN_USE:
+                self._mapped.clear()
             self._mapped[shard] = tokens
         return self._mapped[shard]
+
+    def _scan(self, shard: int, tokens: np.ndarray) -> None:
+        """Refuse ids that the model does not know."""
+        for start in range(0, len(tokens), SCAN_BLOCK):
+            block = tokens[start : start + SCAN_BLOCK]
+            if block.max() >= self.vocab_size:
+                at = start + int(np.argmax(block >= self.vocab_size))
+                raise BadInput(
+                    f"{self.files[shard]}: token {at} has the id {tokens[at]}, and the model knows "
+                    f"{self.vocab_size} ids; train on shards of the model's own tokenizer"
+                )

@@ -113,6 +113,19 @@ def run_tiny(tiny, tmp_path, capsys):
     return run
 
 
+def torchrun(ranks: int, script: str | Path, flags: dict, *options: str) -> subprocess.CompletedProcess:
+    """Run a script with {"--flag": value} under torchrun, with so many ranks, and wait for it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
+    return subprocess.run(
+        [*command, str(script), *command_line(flags)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
 @pytest.fixture
 def torchrun_tiny(tiny, tmp_path):
     """Run train.py on the tiny network under torchrun, with so many gloo ranks."""
@@ -122,15 +135,7 @@ def torchrun_tiny(tiny, tmp_path):
     def run(ranks: int, **flags) -> Run:
         output_dir = tmp_path / f"torchrun{next(numbers)}"
         given = tiny | {"--output_dir": output_dir} | {f"--{name}": value for name, value in flags.items()}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run(
-            [*command, "train.py", *command_line(given)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = torchrun(ranks, "train.py", given)
         assert done.returncode == 0, done.stderr
         return Run(output_dir, done.stdout)
 

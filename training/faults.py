@@ -150,9 +150,9 @@ class Watchdog:
         self._place = (0, 0, "starting")
         self._since = time.monotonic()
         self._ended = False
-        self._beats = 0
         self._over = threading.Event()
         self._store = world.store.clone() if world.store else None
+        self._others = [rank for rank in range(world.size) if rank != world.rank]
 
     def at(self, step: int, what: str) -> None:
         """Say where this rank is. All ranks say the same things in the same order."""
@@ -196,13 +196,12 @@ class Watchdog:
                 print(self._explain(None), file=sys.stderr, flush=True)
 
     def _write(self) -> None:
-        self._beats += 1
-        self._store.set(f"pulse/{self.world.rank}", json.dumps([self._beats, *self._place, self._ended]))
+        self._store.set(f"pulse/{self.world.rank}", json.dumps([time.monotonic(), *self._place, self._ended]))
 
     def _pulses(self) -> dict[int, list]:
         """What each of the other ranks wrote last."""
-        ranks = [rank for rank in range(self.world.size) if rank != self.world.rank]
-        return {r: json.loads(self._store.get(f"pulse/{r}")) for r in ranks if self._store.check([f"pulse/{r}"])}
+        there = [rank for rank in self._others if self._store.check([f"pulse/{rank}"])]
+        return {rank: json.loads(self._store.get(f"pulse/{rank}")) for rank in there}
 
     def _explain(self, error: Exception | None) -> str:
         """One line: where this rank is, what it waited for, who is missing."""
@@ -217,10 +216,8 @@ class Watchdog:
         except RuntimeError:
             return f"{here}: rank 0 is gone, and with it what the ranks write to"
         gone, behind = [], []
-        for rank in range(self.world.size):
-            if rank == self.world.rank:
-                continue
-            _, *place, ended = after.get(rank, (0, 0, 0, "starting", False))
+        for rank in self._others:
+            _, *place, ended = after.get(rank, (0.0, 0, 0, "starting", False))
             if after.get(rank) == before.get(rank) and not ended:
                 gone.append(f"rank {rank} is gone, last heard of at {self._name(place)}")
             elif tuple(place[:2]) < self._place[:2]:

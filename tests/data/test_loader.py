@@ -1,7 +1,10 @@
 """The loader against SPEC section 2, derived here from the tokens alone."""
 
 import itertools
+import os
+import resource
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -142,6 +145,20 @@ def test_position_of_shards_of_the_same_lengths_is_refused(corpus, tmp_path, at,
         other.load_state_dict(state)
     del state["digest"]
     other.load_state_dict(state)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+def test_more_shards_than_files_may_be_open(tmp_path, shuffle_seed):
+    pattern, shards = write_shards(tmp_path, [21] * 60)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+    try:
+        loader = ShardLoader(pattern, 1, 20, shuffle_seed=shuffle_seed)
+        read = [loader.next_batch()[0][0].tolist() for _ in range(2 * len(shards))]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sorted(read) == sorted(2 * [shard[:20].tolist() for shard in shards])
 
 
 @pytest.mark.parametrize("steps", [1, 3, ROUND_TRIP - 1, ROUND_TRIP, ROUND_TRIP + 4])

@@ -72,6 +72,11 @@ def same_weights(a: Run, b: Run) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def everything_in(folder: Path) -> dict[str, bytes]:
+    """The files in a folder and below, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def assert_weights_agree(ours: Run, theirs: Run, rel: float) -> None:
     """All weights as one vector, and each tensor by its largest element, are the same but for `rel`.
 

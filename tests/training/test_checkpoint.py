@@ -25,7 +25,7 @@ from data.shards import open_shard
 from model.gpt import GPT
 from model.llmc import write_model
 from tests.conftest import TINY, command_line
-from tests.training.conftest import assert_weights_agree, same_weights, weights_of
+from tests.training.conftest import assert_weights_agree, everything_in, same_weights, weights_of
 from training import checkpoint, distributed
 from training.log import RunLog
 
@@ -222,10 +222,6 @@ def test_run_of_another_configuration_is_refused_field_by_field(run_tiny, capsys
     assert "warmup_iters" not in line
     run = run_tiny(**other, resume=whole.output_dir, resume_override=1)
     assert [line["step"] for line in run.metrics] == list(range(20, 30))
-
-
-def everything_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("shape", [{"n_layer": 1}, {"n_layer": 3}, {"n_embd": 16}, {"block_size": 16}])

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,8 +21,8 @@ from bench.chaos import chaos
 from data.loader import ShardLoader
 from data.shards import write_shard
 from model.gpt import GPT
-from tests.conftest import ROOT, Run, command_line
-from tests.training.conftest import same_weights, weights_of
+from tests.conftest import ROOT, Run, command_line, torchrun
+from tests.training.conftest import everything_in, same_weights, weights_of
 from training import optim
 from training.distributed import RunStopped
 from training.faults import MOST_SKIPPED, WINDOW, UpdateGuard
@@ -304,15 +303,7 @@ def test_torchrun_starts_again_from_the_newest_checkpoint(tiny, tmp_path, run_ra
             shutil.rmtree(tmp_path / "restarted" / "checkpoints" / f"step_{step}", ignore_errors=True)
         place = {"--resume": tmp_path / "restarted" / "checkpoints" / "step_3"}
     given = tiny | place | {f"--{name}": value for name, value in flags.items()}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
-    done = subprocess.run(
-        [*command, str(script), *command_line(given)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = torchrun(2, script, given, "--max-restarts=3")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"resumed from \S+/(step_\d): ", done.stdout) == ["step_3"] * begun + ["step_6"]
     assert "rank 1 is gone" in done.stderr
@@ -323,19 +314,11 @@ def test_torchrun_starts_again_from_the_newest_checkpoint(tiny, tmp_path, run_ra
 def test_restart_leaves_a_folder_alone_that_is_of_another_launch(tiny, tmp_path, run_tiny):
     """torchrun starts the ranks again after they refused it."""
     other = run_tiny(num_iterations=3, checkpoint_every=2, output_dir=tmp_path / "other")
-    before = {path.name: path.read_bytes() for path in other.output_dir.iterdir() if path.is_file()}
-    flags = {"num_iterations": 3, "checkpoint_every": 2, "output_dir": other.output_dir, "learning_rate": 1e-3}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    done = subprocess.run(
-        [*command, "--max-restarts=2", "train.py", *command_line(tiny | {f"--{k}": v for k, v in flags.items()})],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    before = everything_in(other.output_dir)
+    flags = {"--num_iterations": 3, "--checkpoint_every": 2, "--output_dir": other.output_dir, "--learning_rate": 1e-3}
+    done = torchrun(1, "train.py", tiny | flags, "--max-restarts=2")
     assert done.returncode != 0 and done.stderr.count("is not empty") == 3, done.stderr
-    assert {path.name: path.read_bytes() for path in other.output_dir.iterdir() if path.is_file()} == before
+    assert everything_in(other.output_dir) == before
 
 
 @pytest.mark.parametrize(
