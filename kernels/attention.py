@@ -21,8 +21,9 @@ compulsory). FLOPs as the field counts them, the causal half of 2 and of 5 produ
 times that backward; what is executed there is 3.5 times.
 """
 
-import typing
+import itertools
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 import triton
@@ -30,6 +31,7 @@ import triton.language as tl
 
 from kernels import launch
 from kernels.cost import Cost
+from kernels.dispatch import autocast_dtype, check, register
 
 MAX_HEAD_DIM = 128
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -255,8 +257,17 @@ def _attention_bwd_dkdv_kernel(
     _store(dv_ptrs, dv, offs_n, T, offs_d, HEAD_DIM)
 
 
+Heads = tuple[torch.Tensor, tuple[int, int, int, int]]
+"""(B, H, T, D) as a kernel takes it: a tensor that starts with the first element, and strides. No view is made."""
+
+
 def _launch(
-    kernel: triton.JITFunction, op: str, owns: str, strided: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
+    kernel: triton.JITFunction,
+    op: str,
+    owns: str,
+    shape: tuple[int, int, int, int],
+    heads: Sequence[Heads],
+    rows: Sequence[torch.Tensor],
 ) -> None:
     """Run a kernel over all heads.
 
@@ -264,151 +275,186 @@ def _launch(
         kernel: one of the three above.
         op: its name in launch.ROWS.
         owns: "block_m" or "block_n", the block that a program has for itself.
-        strided: (B, H, T, D) each, q first, in the kernel's order.
+        shape: (B, H, T, D).
+        heads: q first, in the kernel's order.
         rows: lse and, backward, delta: (B, H, T), contiguous.
     """
-    q = strided[0]
-    B, H, T, D = q.shape
-    if q.numel() == 0:
+    if 0 in shape:
         return
+    tensors, strides = zip(*heads, strict=True)
+    numbers = (*itertools.chain.from_iterable(strides), shape[1], shape[2])
+    precision = launch.fp32_dot_precision()
+    launch.run(
+        kernel,
+        (*tensors, *rows),
+        numbers,
+        lambda: _configure(op, owns, shape, tensors[0], precision),
+        (shape, precision),
+    )
+
+
+def _configure(
+    op: str, owns: str, shape: tuple[int, int, int, int], q: torch.Tensor, precision: str
+) -> tuple[tuple[int, int, int], dict]:
+    B, H, T, D = shape
     row = launch.lookup(op, q.device, q.element_size(), D)
-    with torch.cuda.device_of(q):
-        kernel[(triton.cdiv(T, getattr(row, owns)) * B * H,)](
-            *strided,
-            *rows,
-            *(stride for tensor in strided for stride in tensor.stride()),
-            H,
-            T,
-            HEAD_DIM=D,
-            BLOCK_D=max(16, triton.next_power_of_2(D)),
-            BLOCK_M=row.block_m,
-            BLOCK_N=row.block_n,
-            EVEN_T=T % row.block_m == 0 and T % row.block_n == 0,
-            COMPUTE_DTYPE=launch.compute_dtype(q.dtype),
-            INPUT_PRECISION=launch.fp32_dot_precision(),
-            num_warps=row.num_warps,
-            num_stages=row.num_stages,
-            maxnreg=row.max_registers,
-        )
+    constants = {
+        "HEAD_DIM": D,
+        "BLOCK_D": max(16, launch.next_power_of_2(D)),
+        "BLOCK_M": row.block_m,
+        "BLOCK_N": row.block_n,
+        "EVEN_T": T % row.block_m == 0 and T % row.block_n == 0,
+        "COMPUTE_DTYPE": launch.compute_dtype(q.dtype),
+        "INPUT_PRECISION": precision,
+        "num_warps": row.num_warps,
+        "num_stages": row.num_stages,
+        "maxnreg": row.max_registers,
+    }
+    return (launch.cdiv(T, getattr(row, owns)) * B * H, 1, 1), constants
 
 
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-    """Write o, (B, H, T, D), and return lse."""
-    lse = _empty_lse(q)
-    _launch(_attention_fwd_kernel, "attention", "block_m", (q, k, v, o), (lse,))
+def _forward(shape: tuple[int, int, int, int], q: Heads, k: Heads, v: Heads, o: Heads) -> torch.Tensor:
+    """Write o and return lse."""
+    lse = _empty_lse(shape, q[0])
+    _launch(_attention_fwd_kernel, "attention", "block_m", shape, (q, k, v, o), (lse,))
     return lse
 
 
-def _backward(do, q, k, v, o, lse, dq, dk, dv) -> None:
-    """Write dq, dk and dv; all but lse are (B, H, T, D)."""
-    if do.stride(-1) != 1:
-        do = do.contiguous()
-    delta = torch.empty(lse.shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device)
-    _launch(_attention_bwd_dq_kernel, "attention_dq", "block_m", (q, k, v, o, do, dq), (lse, delta))
-    _launch(_attention_bwd_dkdv_kernel, "attention_dkdv", "block_n", (q, k, v, do, dk, dv), (lse, delta))
+def _backward(
+    shape: tuple[int, int, int, int],
+    do: Heads,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    o: Heads,
+    lse: torch.Tensor,
+    dq: Heads,
+    dk: Heads,
+    dv: Heads,
+) -> None:
+    """Write dq, dk and dv."""
+    wide = torch.float64 if q[0].dtype == torch.float64 else torch.float32
+    delta = torch.empty_like(lse, dtype=wide)
+    _launch(_attention_bwd_dq_kernel, "attention_dq", "block_m", shape, (q, k, v, o, do, dq), (lse, delta))
+    _launch(_attention_bwd_dkdv_kernel, "attention_dkdv", "block_n", shape, (q, k, v, do, dk, dv), (lse, delta))
 
 
 def _lse_dtype(itemsize: int) -> torch.dtype:
     return torch.float32 if itemsize == 2 else torch.float64
 
 
-def _empty_lse(q: torch.Tensor) -> torch.Tensor:
-    return torch.empty(q.shape[:-1], dtype=_lse_dtype(q.element_size()), device=q.device)
+def _empty_lse(shape: tuple[int, int, int, int], q: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(shape[:-1], dtype=_lse_dtype(q.element_size()))
 
 
-def _heads(x: torch.Tensor, n_head: int) -> torch.Tensor:
-    """(B, T, C) as a view of (B, H, T, D)."""
-    return x.unflatten(-1, (n_head, x.shape[-1] // n_head)).transpose(1, 2)
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _split_heads(qkv: torch.Tensor, n_head: int) -> list[torch.Tensor]:
-    """(B, T, 3C) as three views of (B, H, T, D)."""
-    return [_heads(part, n_head) for part in qkv.chunk(3, dim=-1)]
-
-
-@torch.library.custom_op("tritongpt::attention", mutates_args=())
-def _attention(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _packed_shape(qkv: torch.Tensor, n_head: int) -> tuple[int, int, int, int]:
     B, T, width = qkv.shape
-    o = torch.empty((B, T, width // 3), dtype=qkv.dtype, device=qkv.device)
-    lse = _forward(*_split_heads(qkv, n_head), _heads(o, n_head))
-    return o, lse
+    return B, n_head, T, width // 3 // n_head
 
 
-@torch.library.custom_op("tritongpt::attention_backward", mutates_args=())
-def _attention_backward(
+def _strides(x: torch.Tensor, head_dim: int) -> tuple[int, int, int, int]:
+    """Of (B, T, heads side by side)."""
+    stride_b, stride_t, stride_c = x.stride()
+    return stride_b, head_dim * stride_c, stride_t, stride_c
+
+
+def _split_heads(qkv: torch.Tensor, head_dim: int) -> list[Heads]:
+    strides = _strides(qkv, head_dim)
+    return [(part, strides) for part in qkv.chunk(3, dim=-1)]
+
+
+def _separate(*tensors: torch.Tensor) -> list[Heads]:
+    return [(x, x.stride()) for x in tensors]
+
+
+def _dense_rows(do: torch.Tensor) -> torch.Tensor:
+    return do if do.stride(-1) == 1 else do.contiguous()
+
+
+def _packed_outputs(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    B, T, width = qkv.shape
+    return qkv.new_empty((B, T, width // 3)), _empty_lse(_packed_shape(qkv, n_head), qkv)
+
+
+def _packed_forward(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = B, H, T, D = _packed_shape(qkv, n_head)
+    o = qkv.new_empty((B, T, H * D))
+    return o, _forward(shape, *_split_heads(qkv, D), (o, _strides(o, D)))
+
+
+def _packed_gradient(
     do: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, n_head: int
 ) -> torch.Tensor:
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    q, k, v = _split_heads(qkv, n_head)
-    _backward(_heads(do, n_head), q, k, v, _heads(o, n_head), lse, *_split_heads(dqkv, n_head))
+    return _empty_like(qkv)
+
+
+def _packed_backward(
+    do: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, n_head: int
+) -> torch.Tensor:
+    shape = *_, D = _packed_shape(qkv, n_head)
+    do, dqkv = _dense_rows(do), _empty_like(qkv)
+    heads = *_split_heads(qkv, D), (o, _strides(o, D)), lse, *_split_heads(dqkv, D)
+    _backward(shape, (do, _strides(do, D)), *heads)
     return dqkv
 
 
-@torch.library.custom_op("tritongpt::attention_qkv", mutates_args=())
-def _attention_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return o, _forward(q, k, v, o)
+def _separate_outputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_like(q), _empty_lse(q.shape, q)
 
 
-@torch.library.custom_op("tritongpt::attention_qkv_backward", mutates_args=())
-def _attention_qkv_backward(
+def _separate_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    o = _empty_like(q)
+    return o, _forward(q.shape, *_separate(q, k, v, o))
+
+
+def _separate_gradients(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    _backward(do, q, k, v, o, lse, dq, dk, dv)
-    return dq, dk, dv
+    return _empty_like(q), _empty_like(k), _empty_like(v)
 
 
-@_attention.register_fake
-def _(qkv, n_head):
-    B, T, width = qkv.shape
-    o = torch.empty((B, T, width // 3), dtype=qkv.dtype, device=qkv.device)
-    return o, _empty_lse(_heads(o, n_head))
-
-
-@_attention_backward.register_fake
-def _(do, qkv, o, lse, n_head):
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-
-
-@_attention_qkv.register_fake
-def _(q, k, v):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), _empty_lse(q)
-
-
-@_attention_qkv_backward.register_fake
-def _(do, q, k, v, o, lse):
-    return tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+def _separate_backward(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gradients = _empty_like(q), _empty_like(k), _empty_like(v)
+    _backward(q.shape, *_separate(_dense_rows(do), q, k, v, o), lse, *_separate(*gradients))
+    return gradients
 
 
 def _save(ctx, inputs, output):
     qkv, ctx.n_head = inputs
     ctx.save_for_backward(qkv, *output)
-    ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx, do, _):
+def _differentiate(ctx, do, *_):
     return _attention_backward(do, *ctx.saved_tensors, ctx.n_head), None
 
 
 def _save_qkv(ctx, inputs, output):
     ctx.save_for_backward(*inputs, *output)
-    ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate_qkv(ctx, do, _):
+def _differentiate_qkv(ctx, do, *_):
     return _attention_qkv_backward(do, *ctx.saved_tensors)
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
-_attention_qkv.register_autograd(_differentiate_qkv, setup_context=_save_qkv)
+_attention_backward = register("attention_backward", _packed_backward, _packed_gradient)
+_attention = register("attention", _packed_forward, _packed_outputs, _save, _differentiate, visible=1)
+_attention_qkv_backward = register("attention_qkv_backward", _separate_backward, _separate_gradients)
+_attention_qkv = register(
+    "attention_qkv", _separate_forward, _separate_outputs, _save_qkv, _differentiate_qkv, visible=1
+)
 
 
-@typing.overload
+@overload
 def causal_attention(qkv: torch.Tensor, n_head: int, /) -> torch.Tensor: ...
 
 
-@typing.overload
+@overload
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, /) -> torch.Tensor: ...
 
 
@@ -435,30 +481,26 @@ def causal_attention(q, k, v=None, /):
             takes the dtype.
     """
     if v is None:
+        check("attention", {"qkv": q})
         qkv, n_head = _autocast(q), k
         if qkv.dim() != 3 or qkv.shape[-1] % 3 or n_head < 1 or qkv.shape[-1] // 3 % n_head:
             raise ValueError(f"qkv is (B, T, 3C) and n_head divides C; got {tuple(qkv.shape)} and {n_head} heads")
-        _check(qkv.dtype, qkv.shape[-1] // 3 // n_head)
-        return _attention(qkv, n_head)[0]
+        _check(qkv.shape[-1] // 3 // n_head)
+        return _attention(qkv, n_head)
+    check("attention", {"q": q, "k": k, "v": v})
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    if q.dim() != 4 or not all((x.shape, x.dtype, x.device) == (q.shape, q.dtype, q.device) for x in (k, v)):
-        what = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (q, k, v))
-        raise ValueError(f"q, k and v are (B, H, T, D), alike in shape, dtype and device; got {what}")
-    _check(q.dtype, q.shape[-1])
-    return _attention_qkv(q, k, v)[0]
+    if q.dim() != 4 or not all((x.shape, x.dtype) == (q.shape, q.dtype) for x in (k, v)):
+        what = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
+        raise ValueError(f"q, k and v are (B, H, T, D), alike in shape and dtype; got {what}")
+    _check(q.shape[-1])
+    return _attention_qkv(q, k, v)
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
-    """What autocast would make of an input: it does not reach custom ops."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    return x.to(autocast_dtype(x.device, x.dtype))
 
 
-def _check(dtype: torch.dtype, head_dim: int) -> None:
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(f"attention takes fp32, fp16 or bf16, and was given {dtype}")
+def _check(head_dim: int) -> None:
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"attention takes a head_dim of 1 to {MAX_HEAD_DIM}, and was given {head_dim}")
 

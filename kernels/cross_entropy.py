@@ -24,11 +24,13 @@ and read four times, once of these from L2, and each chunk reads and writes the 
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from kernels import launch
 from kernels.cost import Cost
+from kernels.dispatch import autocast_dtype, check, register, transformed
 
 IGNORE_INDEX = -1
 
@@ -66,7 +68,7 @@ def _log1p(x):
 @triton.jit
 def _load_target(targets_ptr, row, n_cols, ignore_index):
     """The target, and whether it counts, without which it is 0; one that is out of range does not."""
-    target = tl.load(targets_ptr + row)
+    target = tl.load(targets_ptr + row).to(tl.int64)
     is_counted = (target != ignore_index) & (target >= 0) & (target < n_cols)
     return tl.where(is_counted, target, 0).to(tl.int32), is_counted
 
@@ -141,12 +143,12 @@ def _row_gradient(
 @triton.jit
 def _cross_entropy_fwd_kernel(
     logits_ptr,
-    stride_row,
-    n_cols,
     targets_ptr,
-    ignore_index,
     losses_ptr,
     statistics_ptr,
+    stride_row,
+    n_cols,
+    ignore_index,
     COMPUTE_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -163,15 +165,15 @@ def _cross_entropy_fwd_kernel(
 @triton.jit
 def _cross_entropy_bwd_kernel(
     logits_ptr,
-    stride_row,
-    n_cols,
     targets_ptr,
-    ignore_index,
     dlogits_ptr,
-    stride_d_row,
     statistics_ptr,
     dloss_ptr,
     n_counted_ptr,
+    stride_row,
+    stride_d_row,
+    n_cols,
+    ignore_index,
     COMPUTE_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -195,11 +197,11 @@ def _cross_entropy_bwd_kernel(
 @triton.jit
 def _linear_cross_entropy_kernel(
     logits_ptr,
+    targets_ptr,
+    losses_ptr,
     stride_row,
     n_cols,
-    targets_ptr,
     ignore_index,
-    losses_ptr,
     scale,
     HAS_GRADIENT: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
@@ -231,12 +233,12 @@ def _linear_cross_entropy_kernel(
 def _mean_kernel(
     losses_ptr,
     targets_ptr,
-    n_rows,
-    n_cols,
-    ignore_index,
     loss_ptr,
     n_counted_ptr,
     is_valid_ptr,
+    n_rows,
+    n_cols,
+    ignore_index,
     BLOCK_N: tl.constexpr,
 ):
     """One program, so that the sum has one order. n_counted is written as 1 where it is 0: it is divided by."""
@@ -247,8 +249,9 @@ def _mean_kernel(
     for start in range(0, n_rows, BLOCK_N):
         mask = start + offs < n_rows
         total += tl.load(losses_ptr + start + offs, mask=mask, other=0.0)
-        target = tl.load(targets_ptr + start + offs, mask=mask, other=ignore_index)
-        is_counted = target != ignore_index
+        # ignore_index may be a number that the targets' dtype cannot hold: −1 would be class 255 of uint8.
+        target = tl.load(targets_ptr + start + offs, mask=mask, other=0).to(tl.int64)
+        is_counted = mask & (target != ignore_index)
         n_counted += is_counted.to(tl.int32)
         n_invalid += (is_counted & ((target < 0) | (target >= n_cols))).to(tl.int32)
     n = tl.sum(n_counted, 0)
@@ -258,25 +261,30 @@ def _mean_kernel(
     tl.store(is_valid_ptr, (tl.sum(n_invalid, 0) == 0).to(tl.int32))
 
 
-def _launch(kernel: triton.JITFunction, logits: torch.Tensor, targets: torch.Tensor, *args, **constexprs) -> None:
-    """Run a kernel with a program for each row of logits (n_rows, V), whose columns have stride 1."""
+def _launch(
+    kernel: triton.JITFunction, tensors: tuple[torch.Tensor, ...], *numbers: int | float, **constexprs: bool
+) -> None:
+    """Run a kernel with a program for each row of the first tensor, the logits (n_rows, V), whose columns have stride
+    1."""
+    logits = tensors[0]
+    n_rows = len(logits)
+    if n_rows > 0:
+        numbers = (logits.stride(0), *numbers)
+        facts = (n_rows, *constexprs.values())
+        launch.run(kernel, tensors, numbers, lambda: _configure(logits, constexprs), facts)
+
+
+def _configure(logits: torch.Tensor, constexprs: dict[str, bool]) -> tuple[tuple[int, int, int], dict]:
     n_rows, n_cols = logits.shape
-    if n_rows == 0:
-        return
     row = launch.lookup("cross_entropy", logits.device, logits.element_size(), n_cols)
-    with torch.cuda.device_of(logits):
-        kernel[(n_rows,)](
-            logits,
-            logits.stride(0),
-            n_cols,
-            targets,
-            *args,
-            **constexprs,
-            COMPUTE_DTYPE=launch.compute_dtype(logits.dtype),
-            BLOCK_N=min(row.block_n, 8 * triton.next_power_of_2(n_cols)),  # one small block for a small vocabulary
-            num_warps=row.num_warps,
-            num_stages=row.num_stages,
-        )
+    constants = constexprs | {
+        "COMPUTE_DTYPE": launch.compute_dtype(logits.dtype),
+        # one small block for a small vocabulary
+        "BLOCK_N": min(row.block_n, 8 * launch.next_power_of_2(n_cols)),
+        "num_warps": row.num_warps,
+        "num_stages": row.num_stages,
+    }
+    return (n_rows, 1, 1), constants
 
 
 def _mean(
@@ -285,21 +293,8 @@ def _mean(
     """The mean of what counts and how many that are (at least 1), having seen to it that every target is in range."""
     loss, n_counted = (torch.empty((), dtype=losses.dtype, device=losses.device) for _ in range(2))
     is_valid = torch.empty((), dtype=torch.int32, device=losses.device)
-    row = launch.lookup("cross_entropy", losses.device, losses.element_size())
-    with torch.cuda.device_of(losses):
-        _mean_kernel[(1,)](
-            losses,
-            targets,
-            losses.numel(),
-            n_cols,
-            ignore_index,
-            loss,
-            n_counted,
-            is_valid,
-            BLOCK_N=min(row.block_n, triton.next_power_of_2(max(losses.numel(), 1))),
-            num_warps=row.num_warps,
-            num_stages=row.num_stages,
-        )
+    tensors = losses, targets, loss, n_counted, is_valid
+    launch.run(_mean_kernel, tensors, (len(losses), n_cols, ignore_index), lambda: _configure_mean(losses))
     message = f"a target is out of bounds: it is neither in [0, {n_cols}) nor {ignore_index}"
     if launch.capability(losses.device):
         torch._assert_async(is_valid, message)  # seen at the next synchronisation, at no cost until then
@@ -308,18 +303,27 @@ def _mean(
     return loss, n_counted
 
 
+def _configure_mean(losses: torch.Tensor) -> tuple[tuple[int, int, int], dict]:
+    row = launch.lookup("cross_entropy", losses.device, losses.element_size())
+    constants = {
+        "BLOCK_N": min(row.block_n, launch.next_power_of_2(len(losses))),
+        "num_warps": row.num_warps,
+        "num_stages": row.num_stages,
+    }
+    return (1, 1, 1), constants
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@torch.library.custom_op("tritongpt::cross_entropy", mutates_args=())
-def _cross_entropy(
+def _forward(
     logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, inplace_backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, statistics, n_counted); `inplace_backward` decides which of the two ops below differentiates it."""
     wide = {"dtype": _wide(logits.dtype), "device": logits.device}
     losses, statistics = torch.empty(logits.shape[0], **wide), torch.empty((logits.shape[0], 3), **wide)
-    _launch(_cross_entropy_fwd_kernel, logits, targets, ignore_index, losses, statistics)
+    _launch(_cross_entropy_fwd_kernel, (logits, targets, losses, statistics), logits.shape[1], ignore_index)
     loss, n_counted = _mean(losses, targets, logits.shape[1], ignore_index)
     return loss, statistics, n_counted
 
@@ -331,8 +335,7 @@ def _empty_like_rows(logits: torch.Tensor) -> torch.Tensor:
     return torch.empty((n_rows, stride), dtype=logits.dtype, device=logits.device)[:, :n_cols]
 
 
-@torch.library.custom_op("tritongpt::cross_entropy_backward", mutates_args=())
-def _cross_entropy_backward(
+def _backward(
     dloss: torch.Tensor,
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -341,22 +344,12 @@ def _cross_entropy_backward(
     n_counted: torch.Tensor,
 ) -> torch.Tensor:
     dlogits = _empty_like_rows(logits)
-    _launch(
-        _cross_entropy_bwd_kernel,
-        logits,
-        targets,
-        ignore_index,
-        dlogits,
-        dlogits.stride(0),
-        statistics,
-        dloss,
-        n_counted,
-    )
+    tensors = logits, targets, dlogits, statistics, dloss, n_counted
+    _launch(_cross_entropy_bwd_kernel, tensors, dlogits.stride(0), logits.shape[1], ignore_index)
     return dlogits
 
 
-@torch.library.custom_op("tritongpt::cross_entropy_backward_", mutates_args=("logits",))
-def _cross_entropy_backward_(
+def _backward_(
     dloss: torch.Tensor,
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -365,42 +358,24 @@ def _cross_entropy_backward_(
     n_counted: torch.Tensor,
 ) -> None:
     """The gradient over the logits; autograd then refuses whatever else would read them."""
-    _launch(
-        _cross_entropy_bwd_kernel,
-        logits,
-        targets,
-        ignore_index,
-        logits,
-        logits.stride(0),
-        statistics,
-        dloss,
-        n_counted,
-    )
+    tensors = logits, targets, logits, statistics, dloss, n_counted
+    _launch(_cross_entropy_bwd_kernel, tensors, logits.stride(0), logits.shape[1], ignore_index)
+    torch.autograd.graph.increment_version(logits)
 
 
-@_cross_entropy.register_fake
-def _(logits, targets, ignore_index, inplace_backward):
+def _fake(
+    logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, inplace_backward: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     loss, statistics, n_counted = (
         logits.new_empty(shape, dtype=_wide(logits.dtype)) for shape in ((), (logits.shape[0], 3), ())
     )
     return loss, statistics, n_counted
 
 
-@_cross_entropy_backward.register_fake
-def _(dloss, logits, targets, ignore_index, statistics, n_counted):
-    return _empty_like_rows(logits)
-
-
-@_cross_entropy_backward_.register_fake
-def _(dloss, logits, targets, ignore_index, statistics, n_counted):
-    return None
-
-
 def _save(ctx, inputs, output):
     logits, targets, ctx.ignore_index, ctx.inplace_backward = inputs
     _, *saved = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*saved)
     ctx.save_for_backward(logits, targets, *saved)
 
 
@@ -409,12 +384,23 @@ def _differentiate(ctx, dloss, *_):
         return None, None, None, None
     logits, targets, *saved = ctx.saved_tensors
     if ctx.inplace_backward:
+        _refuse_create_graph("cross_entropy with inplace_backward")
         _cross_entropy_backward_(dloss, logits, targets, ctx.ignore_index, *saved)
         return logits.detach(), None, None, None
     return _cross_entropy_backward(dloss, logits, targets, ctx.ignore_index, *saved), None, None, None
 
 
-_cross_entropy.register_autograd(_differentiate, setup_context=_save)
+def _refuse_create_graph(op: str) -> None:
+    """What such a backward pass returns has lost its way back to the inputs: a second one would find zeros."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op} cannot be differentiated twice; for create_graph=True use eager")
+
+
+_cross_entropy_backward = register(
+    "cross_entropy_backward", _backward, lambda dloss, logits, *others: _empty_like_rows(logits)
+)
+_cross_entropy_backward_ = register("cross_entropy_backward_", _backward_, lambda *args: None, mutates=("logits",))
+_cross_entropy = register("cross_entropy", _forward, _fake, _save, _differentiate, visible=1)
 
 
 def _matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int = 0) -> None:
@@ -452,8 +438,7 @@ def chunk_rows(n_rows: int, n_cols: int, width: int, itemsize: int, beside: int)
     return min(rows // CHUNK_BLOCK * CHUNK_BLOCK, n_rows)
 
 
-@torch.library.custom_op("tritongpt::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
+def _linear_forward(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_dhidden: bool, needs_dweight: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, dhidden, dweight, n_counted); a gradient that is not needed is empty, the others lack
@@ -475,10 +460,9 @@ def _linear_cross_entropy(
         _matmul(logits, hidden[rows], weight.t())
         _launch(
             _linear_cross_entropy_kernel,
-            logits,
-            targets[rows],
+            (logits, targets[rows], losses[rows]),
+            n_cols,
             IGNORE_INDEX,
-            losses[rows],
             GRADIENT_SCALE,
             HAS_GRADIENT=needs_dhidden or needs_dweight,
         )
@@ -490,8 +474,7 @@ def _linear_cross_entropy(
     return loss, dhidden, dweight, n_counted
 
 
-@torch.library.custom_op("tritongpt::linear_cross_entropy_backward", mutates_args=())
-def _linear_cross_entropy_backward(
+def _linear_backward(
     dloss: torch.Tensor,
     dhidden: torch.Tensor,
     dweight: torch.Tensor,
@@ -506,8 +489,7 @@ def _linear_cross_entropy_backward(
     return dhidden, dweight
 
 
-@_linear_cross_entropy.register_fake
-def _(hidden, weight, targets, needs_dhidden, needs_dweight):
+def _linear_fake(hidden, weight, targets, needs_dhidden, needs_dweight):
     wide = _wide(hidden.dtype)
     return (
         hidden.new_empty((), dtype=wide),
@@ -517,8 +499,7 @@ def _(hidden, weight, targets, needs_dhidden, needs_dweight):
     )
 
 
-@_linear_cross_entropy_backward.register_fake
-def _(dloss, dhidden, dweight, n_counted, hidden_dtype, weight_dtype):
+def _linear_backward_fake(dloss, dhidden, dweight, n_counted, hidden_dtype, weight_dtype):
     return torch.empty_like(dhidden, dtype=hidden_dtype), torch.empty_like(dweight, dtype=weight_dtype)
 
 
@@ -527,18 +508,21 @@ def _save_linear(ctx, inputs, output):
     _, *saved = output
     ctx.dtypes = hidden.dtype, weight.dtype
     ctx.set_materialize_grads(False)  # else backward is handed zeros of dweight's size
-    ctx.mark_non_differentiable(*saved)
     ctx.save_for_backward(*saved)
 
 
 def _differentiate_linear(ctx, dloss, *_):
     if dloss is None:
         return None, None, None, None, None
+    _refuse_create_graph("linear_cross_entropy")
     grads = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.dtypes)
     return *(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)), None, None, None
 
 
-_linear_cross_entropy.register_autograd(_differentiate_linear, setup_context=_save_linear)
+_linear_cross_entropy_backward = register("linear_cross_entropy_backward", _linear_backward, _linear_backward_fake)
+_linear_cross_entropy = register(
+    "linear_cross_entropy", _linear_forward, _linear_fake, _save_linear, _differentiate_linear, visible=1
+)
 
 
 def cross_entropy(
@@ -552,16 +536,17 @@ def cross_entropy(
         targets: (...) integers, each ignore_index (not counted) or in [0, V).
         ignore_index: a target that does not count.
         inplace_backward: the caller gives the logits up: backward writes their gradient where they were. A second
-            backward, or another that needs them later, is then an error of autograd's.
+            backward, or another that needs them later, is then an error of autograd's. torch.func ignores it.
 
     Returns:
         () loss in nats, fp32 whatever the logits are (fp64 for fp64), where torch's own rounds to 16 bits. NaN where no
         target counts, and then the gradient is zero. The gradient has the dtype of the logits.
 
     Raises:
-        ValueError: targets do not have the shape of the rows.
+        ValueError: targets do not have the shape of the rows, or a tensor is of another dtype or device.
         IndexError: a target is out of range. On a GPU, where asking would cost a synchronisation, a device-side assert.
     """
+    check("cross_entropy", {"logits": logits}, {"targets": targets})
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"{tuple(logits.shape)} logits need {tuple(logits.shape[:-1])} targets, not {tuple(targets.shape)}"
@@ -569,7 +554,8 @@ def cross_entropy(
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
         rows = rows.contiguous()
-    return _cross_entropy(rows, targets.reshape(-1).contiguous(), ignore_index, inplace_backward)[0]
+    inplace_backward = inplace_backward and not transformed()
+    return _cross_entropy(rows, targets.reshape(-1).contiguous(), ignore_index, inplace_backward)
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -588,19 +574,22 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
         () loss in nats, fp32 (fp64 for fp64). NaN where no target counts, and then the gradients are zero.
 
     Raises:
-        ValueError: shapes do not match, or dtypes without autocast.
+        ValueError: shapes do not match, dtypes without autocast do not, or a tensor is of another dtype or device.
         IndexError: as `cross_entropy`.
     """
+    check("linear_cross_entropy", {"hidden": hidden, "weight": weight}, {"targets": targets})
     if targets.shape != hidden.shape[:-1] or weight.shape[1:] != hidden.shape[-1:]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden, weight, targets))
         raise ValueError(f"shapes {shapes} are not (..., C), (V, C) and (...)")
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    elif hidden.dtype != weight.dtype:
+    dtype = autocast_dtype(hidden.device, hidden.dtype)
+    if autocast_dtype(weight.device, weight.dtype) != dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; without autocast they must be the same")
+    hidden = hidden.to(dtype)
+    if transformed():  # which gradients are wanted is not to be known here
+        return cross_entropy(F.linear(hidden, weight.to(hidden.dtype)), targets)
     needs_dhidden, needs_dweight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    return _linear_cross_entropy(hidden, weight, targets.reshape(-1).contiguous(), needs_dhidden, needs_dweight)[0]
+    return _linear_cross_entropy(hidden, weight, targets.reshape(-1).contiguous(), needs_dhidden, needs_dweight)
 
 
 def forward_cost(n_rows: int, n_cols: int, itemsize: int) -> Cost:

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from kernels import launch
 from kernels.cost import Cost
+from kernels.dispatch import check, register
 
 
 @triton.jit
@@ -62,35 +63,19 @@ def _output(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torc
     return torch.empty(*idx.shape, token_weight.shape[1], dtype=dtype, device=idx.device)
 
 
-@torch.library.custom_op("tritongpt::embedding", mutates_args=())
-def _embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor) -> torch.Tensor:
+def _forward(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor) -> torch.Tensor:
     y = _output(idx, token_weight, position_weight)
     if y.numel() == 0:
         return y
     token_weight, position_weight = (w if w.stride(1) == 1 else w.contiguous() for w in (token_weight, position_weight))
     is_valid = torch.ones((), dtype=torch.int32, device=y.device)
     B, T, C = y.shape
-    row = launch.lookup("embedding", y.device, y.element_size(), C)
-    with torch.cuda.device_of(y):
-        _embedding_fwd_kernel[(T, triton.cdiv(B, row.block_m), triton.cdiv(C, row.block_n))](
-            idx,
-            token_weight,
-            position_weight,
-            y,
-            is_valid,
-            B,
-            T,
-            C,
-            len(token_weight),
-            *idx.stride(),
-            token_weight.stride(0),
-            position_weight.stride(0),
-            COMPUTE_DTYPE=launch.compute_dtype(y.dtype),
-            BLOCK_M=row.block_m,
-            BLOCK_N=row.block_n,
-            num_warps=row.num_warps,
-            num_stages=row.num_stages,
-        )
+    launch.run(
+        _embedding_fwd_kernel,
+        (idx, token_weight, position_weight, y, is_valid),
+        (B, T, C, len(token_weight), *idx.stride(), token_weight.stride(0), position_weight.stride(0)),
+        lambda: _configure(y),
+    )
     message = f"a token id is not in [0, {len(token_weight)})"
     if launch.capability(y.device):
         torch._assert_async(is_valid, message)  # seen at the next synchronisation, at no cost until then
@@ -99,37 +84,78 @@ def _embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: t
     return y
 
 
-_embedding.register_fake(_output)
+def _configure(y: torch.Tensor) -> tuple[tuple[int, int, int], dict]:
+    B, T, C = y.shape
+    row = launch.lookup("embedding", y.device, y.element_size(), C)
+    constants = {
+        "COMPUTE_DTYPE": launch.compute_dtype(y.dtype),
+        "BLOCK_M": row.block_m,
+        "BLOCK_N": row.block_n,
+        "num_warps": row.num_warps,
+        "num_stages": row.num_stages,
+    }
+    return (T, launch.cdiv(B, row.block_m), launch.cdiv(C, row.block_n)), constants
+
+
+def _gradients(
+    dy: torch.Tensor,
+    idx: torch.Tensor,
+    vocab_size: int,
+    block_size: int,
+    token_dtype: torch.dtype,
+    position_dtype: torch.dtype,
+    needs_dtoken: bool,
+    needs_dposition: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    C = dy.shape[-1]
+    dtoken = dy.new_empty((vocab_size, C) if needs_dtoken else 0, dtype=token_dtype)
+    return dtoken, dy.new_empty((block_size, C) if needs_dposition else 0, dtype=position_dtype)
+
+
+def _backward(
+    dy: torch.Tensor,
+    idx: torch.Tensor,
+    vocab_size: int,
+    block_size: int,
+    token_dtype: torch.dtype,
+    position_dtype: torch.dtype,
+    needs_dtoken: bool,
+    needs_dposition: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dtoken, dposition), empty where not needed. An op, since torch.compile would make atomics of the first line."""
+    dtoken, dposition = dy.new_empty(0, dtype=token_dtype), dy.new_empty(0, dtype=position_dtype)
+    if needs_dtoken:
+        ids = idx if idx.dtype in (torch.int32, torch.int64) else idx.long()
+        dtoken = torch.ops.aten.embedding_dense_backward(dy.to(token_dtype), ids, vocab_size, -1, False)
+    if needs_dposition:
+        dposition = dy.sum(0).to(position_dtype)
+        if idx.shape[1] < block_size:
+            dposition = F.pad(dposition, (0, 0, 0, block_size - idx.shape[1]))
+    return dtoken, dposition
 
 
 def _save(ctx, inputs, output):
     idx, token_weight, position_weight = inputs
     ctx.save_for_backward(idx)
-    ctx.vocab_size, ctx.block_size = len(token_weight), len(position_weight)
-    ctx.dtypes = token_weight.dtype, position_weight.dtype
+    ctx.sizes = len(token_weight), len(position_weight), token_weight.dtype, position_weight.dtype
 
 
 def _differentiate(ctx, dy):
     (idx,) = ctx.saved_tensors
-    token_dtype, position_dtype = ctx.dtypes
-    dtoken = dposition = None
-    if ctx.needs_input_grad[1]:
-        dtoken = torch.ops.aten.embedding_dense_backward(dy.to(token_dtype), idx, ctx.vocab_size, -1, False)
-    if ctx.needs_input_grad[2]:
-        dposition = dy.sum(0).to(position_dtype)
-        if idx.shape[1] < ctx.block_size:
-            dposition = F.pad(dposition, (0, 0, 0, ctx.block_size - idx.shape[1]))
-    return None, dtoken, dposition
+    needs = ctx.needs_input_grad[1:]
+    gradients = _embedding_backward(dy, idx, *ctx.sizes, *needs)
+    return None, *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 
-_embedding.register_autograd(_differentiate, setup_context=_save)
+_embedding_backward = register("embedding_backward", _backward, _gradients)
+_embedding = register("embedding", _forward, _output, _save, _differentiate)
 
 
 def embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor) -> torch.Tensor:
     """Token embedding plus position embedding.
 
     Args:
-        idx: (B, T) int64 or int32 token ids, of any strides.
+        idx: (B, T) token ids: integers of any width and strides.
         token_weight: (V, C); fp32, fp16 or bf16 (fp64 for gradcheck).
         position_weight: (block_size, C), block_size >= T; of whichever of these dtypes.
 
@@ -137,10 +163,11 @@ def embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: to
         (B, T, C) in the weights' dtype, contiguous: token_weight[idx] + position_weight[:T]. Autocast leaves it alone.
 
     Raises:
-        ValueError: T is larger than block_size, or the weights differ in width.
+        ValueError: T is larger than block_size, the weights differ in width, or a tensor is of another dtype or device.
         IndexError: an id is outside of [0, V), on a CPU. On a GPU that fails an assertion on the device, which shows at
             the next synchronisation.
     """
+    check("embedding", {"token_weight": token_weight, "position_weight": position_weight}, {"idx": idx})
     if idx.shape[1] > len(position_weight):
         raise ValueError(f"a sequence of {idx.shape[1]} tokens is longer than block_size {len(position_weight)}")
     if token_weight.shape[1] != position_weight.shape[1]:

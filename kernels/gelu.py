@@ -14,6 +14,7 @@ import triton.language as tl
 
 from kernels import launch
 from kernels.cost import Cost
+from kernels.dispatch import check, register
 
 TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 CUBIC = tl.constexpr(0.044715)
@@ -50,44 +51,37 @@ def _gelu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, n_elements, COMPUTE_DTYPE: tl.conste
 def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor) -> None:
     """Run an elementwise kernel over contiguous tensors of one shape, the last of which it writes."""
     x = tensors[-1]
-    if x.numel() == 0:
-        return
+    if x.numel() > 0:
+        launch.run(kernel, tensors, (x.numel(),), lambda: _configure(x))
+
+
+def _configure(x: torch.Tensor) -> tuple[tuple[int, int, int], dict]:
     row = launch.lookup("gelu", x.device, x.element_size())
-    with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(x.numel(), row.block_n),)](
-            *tensors,
-            x.numel(),
-            COMPUTE_DTYPE=launch.compute_dtype(x.dtype),
-            BLOCK_N=row.block_n,
-            num_warps=row.num_warps,
-            num_stages=row.num_stages,
-        )
+    constants = {
+        "COMPUTE_DTYPE": launch.compute_dtype(x.dtype),
+        "BLOCK_N": row.block_n,
+        "num_warps": row.num_warps,
+        "num_stages": row.num_stages,
+    }
+    return (launch.cdiv(x.numel(), row.block_n), 1, 1), constants
 
 
-@torch.library.custom_op("tritongpt::gelu", mutates_args=())
-def _gelu(x: torch.Tensor) -> torch.Tensor:
+def _empty(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _forward(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     _launch(_gelu_fwd_kernel, x, y)
     return y
 
 
-@torch.library.custom_op("tritongpt::gelu_backward", mutates_args=())
-def _gelu_backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     dx = torch.empty_like(x)
     _launch(_gelu_bwd_kernel, dy.contiguous(), x, dx)
     return dx
-
-
-@_gelu.register_fake
-def _(x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_gelu_backward.register_fake
-def _(dy, x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
@@ -99,7 +93,8 @@ def _differentiate(ctx, dy):
     return _gelu_backward(dy, x)
 
 
-_gelu.register_autograd(_differentiate, setup_context=_save)
+_gelu_backward = register("gelu_backward", _backward, lambda dy, x: _empty(x))
+_gelu = register("gelu", _forward, _empty, _save, _differentiate)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
@@ -110,7 +105,11 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
     Returns:
         Same shape and dtype, contiguous: 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), computed in fp32 (fp64 in fp64).
+
+    Raises:
+        ValueError: x is of another dtype.
     """
+    check("gelu", {"x": x})
     return _gelu(x)
 
 

@@ -5,9 +5,12 @@ rows here. Where a row was measured, bench/results says so; the others follow fr
 reports of registers and shared memory.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 
 
@@ -33,6 +36,8 @@ class Row(NamedTuple):
 
 
 ANY = 1 << 62
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""tensors with memory: no fake ones, no subclasses"""
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 # (capability from which on it holds, multiprocessors of its largest chip), newest first
@@ -109,7 +114,11 @@ def lookup(op: str, device: torch.device, itemsize: int, width: int = 1) -> Row:
     Raises:
         ValueError: no row is that wide.
     """
-    at = capability(device)
+    return _first_row(op, capability(device), itemsize, width)
+
+
+@functools.cache
+def _first_row(op: str, at: int, itemsize: int, width: int) -> Row:
     for row in ROWS:
         if row.op == op and at >= row.capability and width <= row.width and itemsize <= row.itemsize:
             return row
@@ -123,9 +132,11 @@ def n_programs(device: torch.device) -> int:
     A constant of the capability and not asked of the GPU: each program makes a partial sum, and with other partial sums
     two boards of a kind would give other bits.
     """
-    return next(count for at_least, count in MULTIPROCESSORS if capability(device) >= at_least)
+    at = capability(device)
+    return next(count for at_least, count in MULTIPROCESSORS if at >= at_least)
 
 
+@functools.cache
 def capability(device: torch.device) -> int:
     """90 for an H100; 0 where there is no GPU."""
     if device.type != "cuda":
@@ -142,3 +153,73 @@ def fp32_dot_precision() -> str:
 def compute_dtype(dtype: torch.dtype) -> tl.dtype:
     """What a kernel computes in: fp32, and fp64 on fp64 inputs, so that gradcheck can look at it."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def cdiv(n: int, d: int) -> int:
+    """n/d, rounded up. Triton's own, which kernels call too, takes 5 µs on the host."""
+    return -(-n // d)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest one that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+_compiled: dict[tuple, Callable] = {}
+_MOST_COMPILED = 4096
+"""entries; lengths of sequences that all differ, as in sampling, would fill the memory"""
+
+
+def run(
+    kernel: triton.JITFunction,
+    tensors: Sequence[torch.Tensor | None],
+    numbers: Sequence[int | float | None],
+    configure: Callable[[], tuple[tuple[int, int, int], dict[str, Any]]],
+    facts: Any = None,
+) -> None:
+    """Launch `kernel[grid](*tensors, *numbers, **constants)` on the device of the first tensor.
+
+    Triton finds out at each launch what it knows already: whether it has compiled for such arguments. Here what it
+    looks at, the numbers and the dtypes and alignments of tensors, is the key to what was launched for the same before.
+
+    Args:
+        kernel: its parameters are tensors, then numbers, then constexprs.
+        tensors: the first one is not None.
+        numbers: sizes and strides.
+        configure: grid and constants, which are constexprs and options such as num_warps. They follow from dtypes,
+            numbers, capability and `facts`.
+        facts: whatever else they follow from; hashable.
+    """
+    first = tensors[0]
+    index = first.get_device()  # -1 without a GPU
+    if index >= 0 and index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return run(kernel, tensors, numbers, configure, facts)
+    key = None
+    if type(first) in PLAIN:  # not a fake one, with which launches are counted
+        pointers = [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
+        dtypes = [tensor is None or tensor.dtype for tensor in tensors]
+        key = (id(kernel), index, facts, *numbers, *dtypes, *[pointer and pointer % 16 for pointer in pointers])
+        launch_again = _compiled.get(key)
+        if launch_again:
+            return launch_again(pointers, numbers)
+    grid, constants = configure()
+    compiled = kernel[grid](*tensors, *numbers, **constants)
+    if key and compiled is not None:  # the interpreter has nothing to keep
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        constexprs = [constants[name] for name in kernel.arg_names[len(tensors) + len(numbers) :]]
+        _compiled[key] = _launcher(compiled, grid, max(index, 0), constexprs)
+    return None
+
+
+def _launcher(compiled: Any, grid: tuple[int, int, int], device: int, constexprs: list) -> Callable:
+    """A function that launches what the JIT compiled, as the JIT does, with other pointers; Triton's profiler is not
+    told."""
+    before = (compiled.function, compiled.packed_metadata, None, None, None)
+    launch, stream_of = compiled.run, triton.runtime.driver.active.get_current_stream
+
+    def launch_again(pointers: Sequence[int | None], numbers: Sequence[int | float | None]) -> None:
+        launch(*grid, stream_of(device), *before, *pointers, *numbers, *constexprs)
+
+    return launch_again

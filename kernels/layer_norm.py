@@ -25,8 +25,11 @@ import triton.language as tl
 
 from kernels import eager, launch
 from kernels.cost import Cost
+from kernels.dispatch import autocast_dtype, check, register
 
 EPS = tl.constexpr(eager.LAYER_NORM_EPS)
+HIGHEST = tl.constexpr(3.4028234663852886e38)
+"""of fp32"""
 
 
 @triton.jit
@@ -43,8 +46,7 @@ def _layer_norm_fwd_kernel(
     bias_ptr,
     residual_ptr,
     y_ptr,
-    mean_ptr,
-    rstd_ptr,
+    statistics_ptr,
     n_rows,
     stride_x,
     stride_branch,
@@ -75,11 +77,13 @@ def _layer_norm_fwd_kernel(
         centred = tl.where(in_row[None, :], x - rough_mean[:, None], 0.0)
         # What rounding left in the mean: in a row of equal numbers it is all there is, and rstd is 1/√eps.
         rest = tl.sum(centred, 1) / N_COLS
-        rstd = tl.rsqrt(tl.maximum(tl.sum(centred * centred, 1) / N_COLS - rest * rest, 0.0) + EPS)
+        # Of a row beyond 1e19 the variance is infinite in fp32, and rstd 0, as in eager; not the NaN of ∞ − ∞.
+        variance = tl.sum(centred * centred, 1) / N_COLS - tl.minimum(rest * rest, HIGHEST)
+        rstd = tl.rsqrt(tl.maximum(variance, 0.0) + EPS)
         y = (centred - rest[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(mean_ptr + rows, rough_mean + rest, mask=rows < n_rows)
-        tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+        tl.store(statistics_ptr + rows, rough_mean + rest, mask=rows < n_rows)
+        tl.store(statistics_ptr + n_rows + rows, rstd, mask=rows < n_rows)
 
 
 @triton.jit
@@ -87,13 +91,11 @@ def _layer_norm_bwd_kernel(
     dy_ptr,
     dresidual_ptr,
     x_ptr,
-    mean_ptr,
-    rstd_ptr,
+    statistics_ptr,
     weight_ptr,
     dx_ptr,
     dbranch_ptr,
-    dweight_ptr,
-    dbias_ptr,
+    partials_ptr,
     n_rows,
     stride_dy,
     stride_dresidual,
@@ -118,8 +120,8 @@ def _layer_norm_bwd_kernel(
         mask = (rows < n_rows)[:, None] & in_row[None, :]
         x = tl.load(x_ptr + _offsets(rows, stride_x, cols, ALIGN), mask=mask, other=0.0).to(COMPUTE_DTYPE)
         dy = tl.load(dy_ptr + _offsets(rows, stride_dy, cols, ALIGN), mask=mask, other=0.0).to(COMPUTE_DTYPE)
-        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
+        mean = tl.load(statistics_ptr + rows, mask=rows < n_rows, other=0.0)
+        rstd = tl.load(statistics_ptr + n_rows + rows, mask=rows < n_rows, other=0.0)
         # Beyond the row x_hat is not 0, but dy is, and with it every product of the two.
         x_hat = (x - mean[:, None]) * rstd[:, None]
         wdy = dy * weight[None, :]
@@ -135,15 +137,14 @@ def _layer_norm_bwd_kernel(
             tl.store(dbranch_ptr + offs, dx.to(dbranch_ptr.dtype.element_ty), mask=mask)
         dweight += dy * x_hat
         dbias += dy
-    offs = tl.program_id(0) * N_COLS + cols
-    tl.store(dweight_ptr + offs, tl.sum(dweight, 0), mask=in_row)
-    tl.store(dbias_ptr + offs, tl.sum(dbias, 0), mask=in_row)
+    partials_ptrs = partials_ptr + tl.program_id(0) * N_COLS + cols
+    tl.store(partials_ptrs, tl.sum(dweight, 0), mask=in_row)
+    tl.store(partials_ptrs + tl.num_programs(0) * N_COLS, tl.sum(dbias, 0), mask=in_row)
 
 
 @triton.jit
 def _layer_norm_partials_kernel(
-    partial_dweight_ptr,
-    partial_dbias_ptr,
+    partials_ptr,
     dweight_ptr,
     dbias_ptr,
     n_partials,
@@ -152,38 +153,45 @@ def _layer_norm_partials_kernel(
     BLOCK_N: tl.constexpr,
 ):
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dweight = tl.zeros((BLOCK_M, BLOCK_N), partial_dweight_ptr.dtype.element_ty)
-    dbias = tl.zeros((BLOCK_M, BLOCK_N), partial_dbias_ptr.dtype.element_ty)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), partials_ptr.dtype.element_ty)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), partials_ptr.dtype.element_ty)
     for start in range(0, n_partials, BLOCK_M):
         rows = tl.arange(0, BLOCK_M) + start
         offs = rows[:, None] * N_COLS + cols[None, :]
         mask = (rows < n_partials)[:, None] & (cols < N_COLS)[None, :]
-        dweight += tl.load(partial_dweight_ptr + offs, mask=mask, other=0.0)
-        dbias += tl.load(partial_dbias_ptr + offs, mask=mask, other=0.0)
+        dweight += tl.load(partials_ptr + offs, mask=mask, other=0.0)
+        dbias += tl.load(partials_ptr + n_partials * N_COLS + offs, mask=mask, other=0.0)
     tl.store(dweight_ptr + cols, tl.sum(dweight, 0).to(dweight_ptr.dtype.element_ty), mask=cols < N_COLS)
     tl.store(dbias_ptr + cols, tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty), mask=cols < N_COLS)
 
 
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """(..., C) to (n_rows, C), whose rows are contiguous; a view where the strides allow one."""
+def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(..., C) as rows that are contiguous, and their stride; the same memory where its strides allow that."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
     rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
 
 
-def _launch_constants(op: str, r: torch.Tensor, *rows: torch.Tensor | None) -> tuple[int, dict]:
-    """How many programs share the rows of r, and what `op`, which reads them and others, is compiled with."""
-    row = launch.lookup(op, r.device, r.element_size(), r.shape[-1])
-    constants = {
-        "N_COLS": r.shape[-1],
-        "ALIGN": math.gcd(16, *(tensor.stride(0) for tensor in rows if tensor is not None)),
+def _configure(op: str, r: torch.Tensor, *strides: int | None, **flags: bool) -> tuple[tuple[int, int, int], dict]:
+    """A grid of programs that share the rows of r, and the constants of `op`, which reads rows of these strides."""
+    n_cols = r.shape[-1]
+    row = launch.lookup(op, r.device, r.element_size(), n_cols)
+    constants = flags | {
+        "N_COLS": n_cols,
+        "ALIGN": math.gcd(16, *(stride for stride in strides if stride is not None)),
         "COMPUTE_DTYPE": launch.compute_dtype(r.dtype),
         "BLOCK_M": row.block_m,
-        "BLOCK_N": triton.next_power_of_2(r.shape[-1]),
+        "BLOCK_N": launch.next_power_of_2(n_cols),
         "NUM_STAGES": row.num_stages,
         "num_warps": row.num_warps,
     }
-    n_tiles = triton.cdiv(r.numel() // r.shape[-1], row.block_m)
-    return min(launch.n_programs(r.device), n_tiles), constants
+    return (_n_programs(row, r), 1, 1), constants
+
+
+def _n_programs(row: launch.Row, r: torch.Tensor) -> int:
+    return min(launch.n_programs(r.device), launch.cdiv(r.numel() // r.shape[-1], row.block_m))
 
 
 def _launch_forward(
@@ -193,140 +201,115 @@ def _launch_forward(
     bias: torch.Tensor,
     residual: torch.Tensor | None,
     y: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
 ) -> None:
-    """Fill y, mean and rstd, and with a branch residual."""
+    """Fill y and statistics, and with a branch residual."""
     if x.numel() == 0:
         return
-    has_branch = branch is not None
-    x, branch = _as_rows(x), _as_rows(branch) if has_branch else None
-    n_programs, constants = _launch_constants("layer_norm", residual if has_branch else x, x, branch)
-    with torch.cuda.device_of(x):
-        _layer_norm_fwd_kernel[(n_programs,)](
-            x,
-            branch,
-            weight.contiguous(),
-            bias.contiguous(),
-            residual,
-            y,
-            mean,
-            rstd,
-            len(x),
-            x.stride(0),
-            branch.stride(0) if has_branch else None,
-            HAS_BRANCH=has_branch,
-            **constants,
-        )
+    n_rows, n_cols, has_branch = x.numel() // x.shape[-1], x.shape[-1], branch is not None
+    r = residual if has_branch else x
+    x, stride_x = _as_rows(x)
+    branch, stride_branch = _as_rows(branch) if has_branch else (None, None)
+    launch.run(
+        _layer_norm_fwd_kernel,
+        (x, branch, weight.contiguous(), bias.contiguous(), residual, y, statistics),
+        (n_rows, stride_x, stride_branch),
+        lambda: _configure("layer_norm", r, stride_x, stride_branch, HAS_BRANCH=has_branch),
+        n_cols,
+    )
 
 
 def _launch_backward(
     dy: torch.Tensor,
     dresidual: torch.Tensor | None,
     r: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
     weight: torch.Tensor,
     dx: torch.Tensor,
-    dbranch: torch.Tensor,
+    dbranch: torch.Tensor | None,
     dweight: torch.Tensor,
     dbias: torch.Tensor,
 ) -> None:
-    """Fill dx, dweight and dbias, and dbranch where it has elements."""
+    """Fill dx, dweight and dbias, and dbranch where there is one."""
     if r.numel() == 0:
         dweight.zero_()
         dbias.zero_()
         return
-    has_dresidual, has_dbranch = dresidual is not None, dbranch.numel() > 0
-    r, dy, dresidual = _as_rows(r), _as_rows(dy), _as_rows(dresidual) if has_dresidual else None
-    n_programs, constants = _launch_constants("layer_norm_backward", r, r, dy, dresidual)
-    partials = torch.empty(2, n_programs, r.shape[1], dtype=mean.dtype, device=r.device)
-    row = launch.lookup("layer_norm_partials", r.device, partials.element_size())
-    with torch.cuda.device_of(r):
-        _layer_norm_bwd_kernel[(n_programs,)](
-            dy,
-            dresidual,
-            r,
-            mean,
-            rstd,
-            weight.contiguous(),
-            dx,
-            dbranch if has_dbranch else None,
-            partials[0],
-            partials[1],
-            len(r),
-            dy.stride(0),
-            dresidual.stride(0) if has_dresidual else None,
-            r.stride(0),
-            HAS_DRESIDUAL=has_dresidual,
-            HAS_DBRANCH=has_dbranch,
-            **constants,
-        )
-        _layer_norm_partials_kernel[(triton.cdiv(r.shape[1], row.block_n),)](
-            partials[0],
-            partials[1],
-            dweight,
-            dbias,
-            n_programs,
-            N_COLS=r.shape[1],
-            BLOCK_M=row.block_m,
-            BLOCK_N=row.block_n,
-            num_warps=row.num_warps,
-        )
+    n_rows, n_cols = r.numel() // r.shape[-1], r.shape[-1]
+    n_programs = _n_programs(launch.lookup("layer_norm_backward", r.device, r.element_size(), n_cols), r)
+    partials = statistics.new_empty((2, n_programs, n_cols))
+    r, stride_r = _as_rows(r)
+    dy, stride_dy = _as_rows(dy)
+    dresidual, stride_dresidual = (None, None) if dresidual is None else _as_rows(dresidual)
+    strides = stride_dy, stride_dresidual, stride_r
+    flags = {"HAS_DRESIDUAL": dresidual is not None, "HAS_DBRANCH": dbranch is not None}
+    launch.run(
+        _layer_norm_bwd_kernel,
+        (dy, dresidual, r, statistics, weight.contiguous(), dx, dbranch, partials),
+        (n_rows, *strides),
+        lambda: _configure("layer_norm_backward", r, *strides, **flags),
+        n_cols,
+    )
+    launch.run(
+        _layer_norm_partials_kernel,
+        (partials, dweight, dbias),
+        (n_programs,),
+        lambda: _configure_partials(partials),
+        n_cols,
+    )
+
+
+def _configure_partials(partials: torch.Tensor) -> tuple[tuple[int, int, int], dict]:
+    n_cols = partials.shape[-1]
+    row = launch.lookup("layer_norm_partials", partials.device, partials.element_size())
+    constants = {"N_COLS": n_cols, "BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "num_warps": row.num_warps}
+    return (launch.cdiv(n_cols, row.block_n), 1, 1), constants
 
 
 def _empty(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Contiguous, whatever the strides of x are."""
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _outputs(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    statistics = torch.promote_types(x.dtype, torch.float32)
-    mean, rstd = (torch.empty(x.shape[:-1], dtype=statistics, device=x.device) for _ in range(2))
-    return _empty(x, dtype), mean, rstd
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `_forward`."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return _empty(x, dtype), x.new_empty((2, *x.shape[:-1]), dtype=wide)
 
 
-@torch.library.custom_op("tritongpt::layer_norm", mutates_args=())
-def _layer_norm(
+def _forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, mean, rstd); dtype is y's"""
-    y, mean, rstd = _outputs(x, weight, bias, dtype)
-    _launch_forward(x, None, weight, bias, None, y, mean, rstd)
-    return y, mean, rstd
-
-
-_layer_norm.register_fake(_outputs)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, statistics: mean and rstd); dtype is y's"""
+    y, statistics = _outputs(x, weight, bias, dtype)
+    _launch_forward(x, None, weight, bias, None, y, statistics)
+    return y, statistics
 
 
 def _add_outputs(
     residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of `_add_forward`."""
     r = _empty(residual, torch.promote_types(residual.dtype, branch.dtype))
     return r, *_outputs(r, weight, bias, dtype)
 
 
-@torch.library.custom_op("tritongpt::add_layer_norm", mutates_args=())
-def _add_layer_norm(
+def _add_forward(
     residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(residual + branch, y, mean, rstd); dtype is y's"""
-    r, y, mean, rstd = _add_outputs(residual, branch, weight, bias, dtype)
-    _launch_forward(residual, branch, weight, bias, r, y, mean, rstd)
-    return r, y, mean, rstd
-
-
-_add_layer_norm.register_fake(_add_outputs)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(residual + branch, y, statistics: mean and rstd); dtype is y's"""
+    r, y, statistics = _add_outputs(residual, branch, weight, bias, dtype)
+    _launch_forward(residual, branch, weight, bias, r, y, statistics)
+    return r, y, statistics
 
 
 def _gradients(
     dy: torch.Tensor,
     dresidual: torch.Tensor | None,
     r: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
     weight: torch.Tensor,
     residual_dtype: torch.dtype,
     branch_dtype: torch.dtype,
@@ -336,13 +319,11 @@ def _gradients(
     return _empty(r, residual_dtype), dbranch, _empty(weight, weight.dtype), _empty(weight, bias_dtype)
 
 
-@torch.library.custom_op("tritongpt::layer_norm_backward", mutates_args=())
-def _layer_norm_backward(
+def _backward(
     dy: torch.Tensor,
     dresidual: torch.Tensor | None,
     r: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
     weight: torch.Tensor,
     residual_dtype: torch.dtype,
     branch_dtype: torch.dtype,
@@ -350,39 +331,34 @@ def _layer_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dbranch, dw, db); dbranch is empty where its dtype is that of dx, which then is the gradient of both"""
     dx, dbranch, dweight, dbias = _gradients(
-        dy, dresidual, r, mean, rstd, weight, residual_dtype, branch_dtype, bias_dtype
+        dy, dresidual, r, statistics, weight, residual_dtype, branch_dtype, bias_dtype
     )
-    _launch_backward(dy, dresidual, r, mean, rstd, weight, dx, dbranch, dweight, dbias)
+    written = dbranch if branch_dtype != residual_dtype else None
+    _launch_backward(dy, dresidual, r, statistics, weight, dx, written, dweight, dbias)
     return dx, dbranch, dweight, dbias
-
-
-_layer_norm_backward.register_fake(_gradients)
 
 
 def _save(ctx, inputs, output):
     x, weight, bias, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, mean, rstd, weight)
+    ctx.save_for_backward(x, output[1], weight)
     ctx.dtypes = x.dtype, x.dtype, bias.dtype
-    ctx.mark_non_differentiable(mean, rstd)
 
 
-def _differentiate(ctx, dy, dmean, drstd):
+def _differentiate(ctx, dy, *_):
     dx, _, dweight, dbias = _layer_norm_backward(dy, None, *ctx.saved_tensors, *ctx.dtypes)
     return dx, dweight, dbias, None
 
 
 def _add_save(ctx, inputs, output):
     residual, branch, weight, bias, _ = inputs
-    r, _, mean, rstd = output
-    ctx.save_for_backward(r, mean, rstd, weight)
+    r, _, statistics = output
+    ctx.save_for_backward(r, statistics, weight)
     ctx.dtypes = residual.dtype, branch.dtype, bias.dtype
-    ctx.mark_non_differentiable(mean, rstd)
     # Nobody reads the residual stream behind the last LayerNorm: no zeros are made for its gradient.
     ctx.set_materialize_grads(False)
 
 
-def _add_differentiate(ctx, dresidual, dy, dmean, drstd):
+def _add_differentiate(ctx, dresidual, dy, *_):
     residual_dtype, branch_dtype, _ = ctx.dtypes
     if dy is None:
         gradients = (None if dresidual is None else dresidual.to(dtype) for dtype in (residual_dtype, branch_dtype))
@@ -391,16 +367,9 @@ def _add_differentiate(ctx, dresidual, dy, dmean, drstd):
     return dx, dx if branch_dtype == residual_dtype else dbranch, dweight, dbias, None
 
 
-_layer_norm.register_autograd(_differentiate, setup_context=_save)
-_add_layer_norm.register_autograd(_add_differentiate, setup_context=_add_save)
-
-
-def _normed_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What the matmul behind it reads: autocast does not reach custom ops, and would cast in a pass of its own."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return dtype
+_layer_norm_backward = register("layer_norm_backward", _backward, _gradients)
+_layer_norm = register("layer_norm", _forward, _outputs, _save, _differentiate, visible=1)
+_add_layer_norm = register("add_layer_norm", _add_forward, _add_outputs, _add_save, _add_differentiate, visible=2)
 
 
 def _check_shapes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -422,10 +391,11 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tor
         autocast autocast's.
 
     Raises:
-        ValueError: weight or bias is not as wide as x, or x is too wide.
+        ValueError: weight or bias is not as wide as x, x is too wide, or a tensor is of another dtype or device.
     """
+    check("layer_norm", {"x": x, "weight": weight, "bias": bias})
     _check_shapes(x, weight, bias)
-    return _layer_norm(x, weight, bias, _normed_dtype(x, x.dtype))[0]
+    return _layer_norm(x, weight, bias, autocast_dtype(x.device, x.dtype))
 
 
 def add_layer_norm(
@@ -444,13 +414,16 @@ def add_layer_norm(
         torch's addition gives it, also under autocast; the second is to the bit what `layer_norm` makes of the first.
 
     Raises:
-        ValueError: residual and branch differ in shape, weight or bias is not as wide, or C is too large.
+        ValueError: residual and branch differ in shape, weight or bias is not as wide, C is too large, or a tensor is
+            of another dtype or device.
     """
     if residual.shape != branch.shape:
         raise ValueError(f"residual and branch differ in shape: {tuple(residual.shape)} and {tuple(branch.shape)}")
+    check("add_layer_norm", {"residual": residual, "branch": branch, "weight": weight, "bias": bias})
     _check_shapes(residual, weight, bias)
-    dtype = _normed_dtype(residual, torch.promote_types(residual.dtype, branch.dtype))
-    return _add_layer_norm(residual, branch, weight, bias, dtype)[:2]
+    # The dtype that the matmul behind it reads, which autocast would cast to in a pass of its own.
+    dtype = autocast_dtype(residual.device, torch.promote_types(residual.dtype, branch.dtype))
+    return _add_layer_norm(residual, branch, weight, bias, dtype)
 
 
 def forward_cost(
