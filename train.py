@@ -267,9 +267,15 @@ def sample(gpt: GPT, device: torch.device) -> str:
 def choose_ops(config: Config, world: World) -> ops.Ops:
     """The table of ops that `--backend` names."""
     try:
-        return ops.parse(config.backend, world.device.type, bool(config.flash))
-    except (ImportError, ValueError) as error:
+        table = ops.parse(config.backend, world.device.type, bool(config.flash))
+    except (ImportError, ValueError, RuntimeError) as error:
         raise BadInput(f"--backend {config.backend}: {error}") from error
+    if config.flash and table.attention is not ops.EAGER_SDPA.attention:
+        raise BadInput(
+            f"--flash 1 is for eager attention, and that of --backend {config.backend} is a Triton kernel; give "
+            "--flash 0, --backend eager or --backend triton,attention=eager"
+        )
+    return table
 
 
 def check_backend(config: Config, world: World, gpt: GPT, loader: ShardLoader) -> int:

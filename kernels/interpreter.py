@@ -35,9 +35,9 @@ def choose(device_type: str) -> None:
     import triton
 
     if triton.knobs.runtime.interpret != interpret:
-        now = "compiled for a GPU" if interpret else "interpreted"
+        now, need = ("compiled for a GPU", "") if interpret else ("interpreted", ", with TRITON_INTERPRET unset")
         raise RuntimeError(
-            f"in this process triton kernels are {now} already; use {device_type} in a process of its own"
+            f"in this process triton kernels are {now} already; use {device_type} in a process of its own{need}"
         )
     if interpret and _make_honest() and os.environ.get("RANK", "0") == "0":
         print("triton: no GPU in use, so kernels run in Triton's interpreter: exact, and very slow", file=sys.stderr)

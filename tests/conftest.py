@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train
 from data.shards import write_shard
@@ -91,6 +92,19 @@ def tiny(tmp_path_factory) -> dict[str, str]:
         "--learning_rate": "3e-3",
         "--val_loss_every": "0",
     }
+
+
+@pytest.fixture
+def sdpa_calls(monkeypatch) -> list[torch.device]:
+    """On which device torch's scaled_dot_product_attention was called: an entry for each call."""
+    attention, devices = F.scaled_dot_product_attention, []
+
+    def noted(query, *args, **kwargs):
+        devices.append(query.device)
+        return attention(query, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    return devices
 
 
 def command_line(flags: dict) -> list[str]:

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import triton
 
 import train
+from kernels import ops
 from kernels.ops import EAGER
 from model.gpt import GPT
 from model.llmc import write_model
-from tests.conftest import ROOT, TINY, command_line
+from tests.conftest import DEVICE, ROOT, TINY, command_line
 
 
 def shard_bytes(magic=20240520, version=1, claimed=None, tokens=None) -> bytes:
@@ -95,6 +97,20 @@ def test_flags(refused, flags, told):
     line = refused(flags)
     for word in told:
         assert word in line, line
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager,attention=triton"])
+def test_flash_where_attention_is_a_kernel(refused, backend):
+    line = refused({"--device": DEVICE, "--flash": 1, "--backend": backend})
+    for word in ("--flash 1", f"--backend {backend} ", "--backend eager or --backend triton,attention=eager"):
+        assert word in line, line
+
+
+def test_kernels_on_a_cpu_in_a_process_that_compiles(refused, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    ops.triton_ops.cache_clear()
+    line = refused({"--device": "cpu", "--backend": "triton"})
+    assert "--backend triton: in this process" in line and "use cpu in a process of its own" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

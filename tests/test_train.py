@@ -135,8 +135,11 @@ def test_overfitting_a_single_batch(run_tiny):
     assert run.losses[-1] < 0.5 < 3.5 < run.losses[0]
 
 
-def test_flash_trains_like_the_explicit_attention(run_tiny):
-    assert run_tiny(flash=1).losses == pytest.approx(run_tiny(flash=0).losses, rel=1e-5)
+def test_flash_trains_like_the_explicit_attention(run_tiny, sdpa_calls):
+    explicit = run_tiny(flash=0).losses
+    assert not sdpa_calls
+    assert run_tiny(flash=1).losses == pytest.approx(explicit, rel=1e-5)
+    assert len(sdpa_calls) == 5 * 2 * TINY.n_layer  # 5 steps of 2 micro-batches
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

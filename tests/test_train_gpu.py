@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from data.loader import ShardLoader
+from tests.conftest import TINY
 from training.distributed import start
 
 pytestmark = pytest.mark.gpu
@@ -35,12 +36,21 @@ def test_two_runs_are_the_same_bits_on_a_gpu(run_tiny):
 
 @pytest.mark.parametrize(
     "flags",
-    [{"tensorcores": 1}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"flash": 1, "dtype": "bfloat16"}],
+    [{"tensorcores": 1}, {"dtype": "bfloat16"}, {"dtype": "float16"}],
     ids=lambda flags: "-".join(f"{name}{value}" for name, value in flags.items()),
 )
 def test_low_precision_is_close_on_a_gpu(run_tiny, flags):
     want = run_tiny(num_iterations=10)
     assert run_tiny(num_iterations=10, device="cuda", **flags).losses == pytest.approx(want.losses, rel=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton,attention=eager"])
+def test_flash_on_a_gpu(run_tiny, sdpa_calls, backend):
+    want = run_tiny(num_iterations=10)
+    assert not sdpa_calls
+    got = run_tiny(num_iterations=10, device="cuda", dtype="bfloat16", flash=1, backend=backend)
+    assert len(sdpa_calls) == 10 * 2 * TINY.n_layer and all(device.type == "cuda" for device in sdpa_calls)
+    assert got.losses == pytest.approx(want.losses, rel=2e-2)
 
 
 def test_compile_on_a_gpu(run_tiny):
