@@ -25,6 +25,13 @@ ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreter.choose(DEVICE)  # before any test imports triton, by itself or through torch.compile
 
+import triton  # noqa: E402
+
+needs_interpreter = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret,
+    reason="needs Triton's interpreter, and the kernels of this process are compiled for a GPU",
+)
+
 TINY = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 
 

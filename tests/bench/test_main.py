@@ -8,6 +8,7 @@ import torch
 
 from bench import __main__ as cli
 from bench.results import Row, read, write
+from tests.conftest import needs_interpreter
 
 
 @pytest.fixture
@@ -30,6 +31,7 @@ def test_what_times_says_in_a_line_that_it_needs_a_gpu(command, no_gpu, capsys):
     assert line.startswith(f"python -m bench: {command} ") and "needs an NVIDIA GPU" in line
 
 
+@needs_interpreter
 def test_what_compiles_refuses_a_process_that_interprets(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["resources"])

@@ -7,6 +7,7 @@ import torch
 
 from bench import harness, step
 from model.gpt import GPTConfig
+from tests.conftest import needs_interpreter
 
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=1, n_head=2, n_embd=32)
 
@@ -33,6 +34,7 @@ def steps(device, monkeypatch):
     return measure
 
 
+@needs_interpreter  # test_gpu.py times them on a GPU
 def test_every_variant_makes_steps(steps):
     rows = {row.peer: row for row in steps(*step.VARIANTS) if row.op == "step"}
     assert list(rows) == list(step.VARIANTS)

@@ -7,6 +7,9 @@ import triton.language as tl
 
 from bench import traffic
 from bench.traffic import counting
+from tests.conftest import needs_interpreter
+
+pytestmark = needs_interpreter
 
 
 @triton.jit

@@ -9,10 +9,10 @@ import triton.runtime.interpreter
 
 from kernels import accuracy, attention, eager, launch
 from kernels.attention import causal_attention
+from tests.conftest import needs_interpreter
 from tests.kernels.conftest import DEVICE, DTYPES, assert_no_worse, dtypes, normal
 
 FP32, BF16 = torch.float32, torch.bfloat16
-without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has its own rows and no interpreter to look into")
 
 SHAPES = (  # every length and every head_dim that has a case of its own, odd counts of sequences and heads
     (3, 1, 1, 16),
@@ -88,7 +88,7 @@ def test_scores_that_overflow_an_exponential():
     assert dq.error < ulps * k.abs().max() and dk.error < ulps * q.abs().max()
 
 
-@without_gpu
+@needs_interpreter
 @pytest.mark.parametrize(("T", "D"), [(197, 64), (256, 64), (130, 100)])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_blocks_of_every_chip(monkeypatch, capability, T, D):
@@ -295,7 +295,7 @@ def test_run_to_run(dtype):
     assert_same_bits(results(packed, inputs, do), results(packed, inputs, do))
 
 
-@without_gpu
+@needs_interpreter
 @pytest.mark.parametrize("capability", [0, 80, 90, 100])
 def test_no_more_tiles_than_the_diagonal_costs(monkeypatch, capability):
     """Multiplications over those of the triangle, kernel by kernel: at most 1 + BLOCK/T."""

@@ -7,7 +7,7 @@ import train
 from kernels import ops
 from kernels.ops import EAGER, TRITON, Ops
 from model.gpt import GPT
-from tests.conftest import TINY, command_line
+from tests.conftest import DEVICE, TINY, command_line
 from training.check import check
 
 
@@ -38,8 +38,8 @@ def broken(op: str, forward: bool) -> Ops:
 
 def report_of(ops: Ops, dtype: torch.dtype = torch.float32) -> tuple[bool, list[str]]:
     lines: list[str] = []
-    tokens = torch.randint(TINY.vocab_size, (3, 33), generator=torch.Generator().manual_seed(5))
-    return check(GPT(TINY, ops), tokens[:, :-1], tokens[:, 1:], dtype, lines.append), lines
+    tokens = torch.randint(TINY.vocab_size, (3, 33), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    return check(GPT(TINY, ops).to(DEVICE), tokens[:, :-1], tokens[:, 1:], dtype, lines.append), lines
 
 
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
@@ -84,7 +84,7 @@ def test_slices_of_the_batch_make_no_difference(monkeypatch):
 
 
 def test_the_command(tiny, tmp_path, capsys, monkeypatch):
-    flags = tiny | {"--backend": "triton", "--check": 1, "--output_dir": tmp_path / "run"}
+    flags = tiny | {"--device": DEVICE, "--backend": "triton", "--check": 1, "--output_dir": tmp_path / "run"}
     assert train.main(command_line(flags)) == 0
     assert "no worse than eager" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
