@@ -5,6 +5,7 @@ starts it, by environment variables, and can be killed like any other.
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import sys
@@ -75,6 +76,7 @@ def start(
         before: called in each of them first, with its rank and `options`; a function at the top of a module.
         options: for `before`.
     """
+    _start_server()
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -87,6 +89,22 @@ def start(
         process.start()
         processes.append(process)
     return Ranks(processes, folder)
+
+
+def _start_server() -> None:
+    """Start the server, if it is not running, in an environment in which kernels are interpreted.
+
+    It imports torch._dynamo, and with it triton, before a rank can choose; this process may have compiled kernels.
+    """
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
 
 
 def _rank(
