@@ -3,12 +3,13 @@
 #
 #   NODES=2 RENDEZVOUS=first-node:29400 RUN=gpt2 scripts/torchrun.sh --model d12 --zero_stage 1 ...
 #
-# A rank that fails, or a node that leaves, starts all ranks again from the newest whole checkpoint.
+# A rank that fails, or a node that leaves, starts all ranks again from the newest whole checkpoint. Whoever reaches the
+# ports of the ranks can run code as you: the nodes belong into a private network (docs/security.md).
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd -- "$(dirname -- "$0")/.."
 : "${NODES:?how many nodes}" "${RENDEZVOUS:?host:port on the first node}" "${RUN:?a name, for runs/NAME}"
 
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}  # on the node: shared homes are slow, and race
+source scripts/own_cache.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a store of its own for every round, also where nodes come and go
 # Seconds that ranks have to finish their step and to save, once a signal came.

@@ -49,6 +49,71 @@ def environment(tmp_path):
     }
 
 
+ECHO = """#!/usr/bin/env bash
+echo "$PWD" "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR"
+"""
+
+
+@pytest.fixture
+def echo(environment, tmp_path):
+    """The scripts with a stand-in for torchrun and for python: one line of what each was started with, by a task."""
+    for name in ("torchrun", "python"):
+        (tmp_path / "bin" / name).write_text(ECHO)
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment |= {"NODES": "1", "RENDEZVOUS": "here:0", "RUN": "tiny", "TMPDIR": str(tmp_path / "tmp")}
+    environment = {key: value for key, value in environment.items() if not key.endswith("_CACHE_DIR")}
+    (tmp_path / "tmp").mkdir()
+
+    def run(script: str, **more: str) -> subprocess.CompletedProcess:
+        command = ["bash", f"scripts/{script}"]
+        return subprocess.run(command, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=30)
+
+    return run
+
+
+SCRIPTS = {"torchrun.sh": 1, "train.slurm": 2}  # how often each starts something
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_starts_in_its_clone_with_cache_folders_of_its_own(echo, tmp_path, script):
+    (tmp_path / "elsewhere" / "scripts").mkdir(parents=True)
+    (tmp_path / "tmp" / f"tritongpt-{os.getuid()}").mkdir(mode=0o777)
+    for _ in range(2):
+        done = echo(script, CDPATH=str(tmp_path / "elsewhere"))
+        own = tmp_path / "tmp" / f"tritongpt-{os.getuid()}"
+        assert done.stdout.splitlines() == [f"{ROOT} {own}/triton {own}/inductor"] * SCRIPTS[script], done.stderr
+        assert own.stat().st_mode & 0o777 == 0o700
+    own.rmdir()
+    done = echo(script, TRITON_CACHE_DIR="mine", TORCHINDUCTOR_CACHE_DIR="too")
+    assert done.stdout.splitlines() == [f"{ROOT} mine too"] * SCRIPTS[script] and not own.exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("kind", ["link", "file", "other owner"])
+def test_cache_folder_that_is_not_ones_own_is_refused(echo, tmp_path, script, kind):
+    own = tmp_path / "tmp" / f"tritongpt-{os.getuid()}"
+    if kind == "link":
+        (tmp_path / "taken").mkdir()
+        own.symlink_to(tmp_path / "taken")
+    elif kind == "file":
+        own.touch()
+    elif os.getuid() == 0:
+        own.mkdir()
+        os.chown(own, 1, 1)
+    else:
+        pytest.skip("only root can make a folder of somebody else")
+    done = echo(script)
+    assert (done.returncode, done.stdout) == (2, "")
+    told = f"{own} is not a folder of your own; name others in TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR"
+    assert done.stderr.splitlines() == [told] * SCRIPTS[script]
+    assert not (tmp_path / "taken").exists() or not list((tmp_path / "taken").iterdir())
+
+
+def test_slurm_job_whose_folder_is_gone_starts_nothing(echo, tmp_path):
+    done = echo("train.slurm", SLURM_SUBMIT_DIR=str(tmp_path / "gone"))
+    assert (done.returncode, done.stdout) == (2, "") and str(tmp_path / "gone") in done.stderr
+
+
 def wait_for_step_5(log: Path) -> None:
     deadline = time.monotonic() + 90
     while not (log.exists() and "s:5 trl" in log.read_text()) and time.monotonic() < deadline:
@@ -56,7 +121,8 @@ def wait_for_step_5(log: Path) -> None:
 
 
 def test_slurm_job_saves_when_its_time_is_up_and_goes_on_when_it_comes_back(environment, tiny, tmp_path):
-    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    for name in ("train.py", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
     flags = tiny | {"--num_iterations": "200", "--zero_stage": "1", "--output_dir": str(tmp_path / "run")}
     environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
 
@@ -75,7 +141,7 @@ def test_slurm_job_saves_when_its_time_is_up_and_goes_on_when_it_comes_back(envi
     first.send_signal(signal.SIGUSR1)
     screen, errors = first.communicate(timeout=90)
     assert first.returncode == 0, errors
-    assert "stopped by SIGTERM or SIGUSR1" in screen
+    assert "stopped by SIGTERM, SIGUSR1 or SIGHUP" in screen
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
 
     second = job(SLURM_JOB_ID=str(os.getpid() + 1))
@@ -98,7 +164,7 @@ def test_torchrun_script_passes_signals_on_and_goes_on(environment, tiny, tmp_pa
     first.send_signal(number)
     screen, errors = first.communicate(timeout=90)
     assert first.returncode == 1 and "SignalException" in errors  # torchrun's own
-    assert "stopped by SIGTERM or SIGUSR1 after step" in screen
+    assert "stopped by SIGTERM, SIGUSR1 or SIGHUP after step" in screen
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     again = subprocess.run(
         [*command, "--resume_override", "1", "--num_iterations", folder.name.removeprefix("step_")],
