@@ -1,11 +1,13 @@
-"""What every part leans on: the error for bad input, files that are whole or not there, folders that are held."""
+"""What every part leans on: the error for bad input, files that are whole or not there, folders that are held,
+lines on the screen."""
 
+import atexit
 import contextlib
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 try:
     import fcntl
@@ -23,8 +25,8 @@ def exit_on_bad_input(program: str) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
-        print(f"{program}{rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        rank = f" [rank {os.environ['RANK']}]" if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1" else ""
+        tell(f"{program}{rank}: {' '.join(str(error).split())}", sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -88,3 +90,41 @@ def exclusive(folder: Path, flag: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def tell(line: str, stream: TextIO | None = None) -> None:
+    """Print a line at once, to standard output unless told otherwise.
+
+    Control characters are printed as escapes, so that a name that came with a file cannot steer the terminal. A reader
+    that went away (`| head`) or a full disk under the screen is no reason to stop.
+    """
+    shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in line)
+    with contextlib.suppress(OSError):
+        print(shown, file=stream, flush=True)
+
+
+def lenient_streams() -> None:
+    """Make the standard streams of this process take every line, whatever they lead to. For the start of a `main`.
+
+    Characters that the terminal cannot show are printed as escapes. A stream that is closed leads to the null device:
+    otherwise the next file that is opened gets its number, and with it what libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free, which is this
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (for good)
+        if number and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    atexit.register(_drop_what_nobody_takes)
+
+
+def _drop_what_nobody_takes() -> None:
+    """Keep Python's last flush, of what a closed pipe or a full disk did not take, from changing the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -15,7 +15,7 @@ from statistics import mean as average
 
 import torch
 
-from common import BadInput, atomic_write, exclusive, exit_on_bad_input, write_errors
+from common import BadInput, atomic_write, exclusive, exit_on_bad_input, lenient_streams, tell, write_errors
 from data.loader import ShardLoader
 from data.prepare import prepare_pydoc, refuse_if_occupied
 from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding, token_bytes
@@ -26,11 +26,11 @@ from model.load import load
 from training import checkpoint, distributed, optim
 from training.check import check
 from training.checkpoint import Checkpoints, TrainState
-from training.config import Config, parse
+from training.config import Config, parse, shell_path
 from training.distributed import RunStopped, StopRequest, World
 from training.faults import UpdateGuard, Watchdog, compare_ranks
 from training.flops import flops_per_token, peak_flops
-from training.log import RunLog, peak_memory_mib, tell
+from training.log import RunLog, peak_memory_mib
 
 SEED = 42
 INTERRUPTED = 130
@@ -42,6 +42,7 @@ STOPPED = 1
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (None: this process's own) and return the exit status."""
+    lenient_streams()
     with exit_on_bad_input("train.py"), contextlib.ExitStack() as held:
         config = parse(argv)
         try:
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             distributed.stop(world)
             return status
         except RunStopped as stopped:
-            print(f"train.py: {stopped}", file=sys.stderr, flush=True)
+            tell(f"train.py: {stopped}", sys.stderr)
             return STOPPED
 
 
@@ -60,12 +61,14 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     """Set everything up, train, and leave the results in the run directory, which is `held` against other runs."""
     given = config
     stop = StopRequest().install()
+    require_cache_folder()
     torch.manual_seed(SEED)  # on every device, the same on every rank
     if config.tensorcores:
         torch.set_float32_matmul_precision("high")
     config = config.resolved(world.device.type, world.size)
     gpt = load(config.model, choose_ops(config, world))
     gpt.set_recompute(config.recompute)
+    try_code_generation(config, world, gpt.ops)
     config = check_against_model(config, gpt)
     config, train_loader, val_loader = open_data(config, world, gpt)
     if config.check:
@@ -83,7 +86,7 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
         if output_dir:
             write_config(output_dir / RUN_CONFIG, config, facts | {"launch": world.launch})
             for name in checkpoint.tidy(output_dir, first_step):
-                print(f"set aside {name}: its steps come again")
+                tell(f"set aside {name}: its steps come again")
             if config.write_tensors and not resumed:
                 write_tensors(output_dir, config, gpt, train_loader, world.device)
 
@@ -227,7 +230,7 @@ def train(
             checkpoints.save(state)
         checkpoints.poll()
         if (interrupted or preempted) and state.step < config.num_iterations:
-            signal_name = "Ctrl-C" if interrupted else "SIGTERM or SIGUSR1"
+            signal_name = "Ctrl-C" if interrupted else "SIGTERM, SIGUSR1 or SIGHUP"
             say(world, f"stopped by {signal_name} after step {step + 1} of {config.num_iterations}")
             break
 
@@ -276,6 +279,42 @@ def choose_ops(config: Config, world: World) -> ops.Ops:
             "--flash 0, --backend eager or --backend triton,attention=eager"
         )
     return table
+
+
+def require_cache_folder() -> None:
+    """See that torch has a folder for what it compiles. It makes one in every process, also where it compiles nothing.
+
+    Raises:
+        BadInput: it cannot make it.
+    """
+    try:
+        torch.compiler.list_backends()  # any call into torch's compiler does
+    except OSError as error:
+        raise BadInput(
+            f"torch has no folder for temporary files ({error.strerror or error}); name one that can be written to in "
+            "TMPDIR, or in TORCHINDUCTOR_CACHE_DIR if that is set"
+        ) from error
+
+
+def try_code_generation(config: Config, world: World, table: ops.Ops) -> None:
+    """Compile one small op in each way that this run is going to, as a trial.
+
+    What Triton and torch.compile lack (a compiler, a cache folder that can be written to) would else be found out in
+    the first step, when the run directory is made and others may have been waited for.
+
+    Raises:
+        BadInput: it fails.
+    """
+    x = torch.ones(8, device=world.device)
+    flag, needed = f"--backend {config.backend}", "a C compiler (CC) and a cache folder (TRITON_CACHE_DIR)"
+    try:
+        table.gelu(x)
+        if config.compile:
+            flag, needed = "--compile 1", "a C++ compiler (CXX) and a cache folder (TORCHINDUCTOR_CACHE_DIR)"
+            torch.compile(lambda x: x * table.gelu(x), fullgraph=True)(x)
+    except Exception as error:  # each version of torch and of Triton has its own
+        reason = str(error).partition("\n\n")[0] or type(error).__name__  # what follows is for torch's developers
+        raise BadInput(f"{flag}: a trial failed: {reason}; it needs {needed}; or choose another value") from error
 
 
 def check_backend(config: Config, world: World, gpt: GPT, loader: ShardLoader) -> int:
@@ -385,7 +424,10 @@ def find_checkpoint(
     if config.resume == "auto" or restarted:
         folder = checkpoint.choose("auto", output_dir, world, lambda line: say(world, line))
     if folder is None and config.resume != "auto":
-        folder = checkpoint.choose(config.resume, None, world, lambda line: say(world, line))
+        try:
+            folder = checkpoint.choose(config.resume, None, world, lambda line: say(world, line))
+        except OSError as error:  # the path may not even be looked at
+            raise BadInput(f"--resume {config.resume}: {error.strerror or error}; name a run directory") from error
     if folder is None:
         return None
     record = checkpoint.read_record(folder)
@@ -470,35 +512,32 @@ def write_weights(path: Path, state: TrainState, world: World) -> None:
 def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader, resumed: Path | None) -> None:
     """Say what is about to be trained, on what, with what."""
     decaying, others = (group["params"] for group in optim.parameter_groups(gpt, config.weight_decay))
-    print(
+    tell(
         f"model {config.model}: {gpt.config.num_params():,} parameters | "
         f"{len(decaying)} tensors ({sum(p.numel() for p in decaying):,} parameters) decay, "
         f"{len(others)} ({sum(p.numel() for p in others):,}) do not"
     )
-    print(f"data {config.input_bin}: {loader.total_tokens:,} tokens in {len(loader.files)} shards")
-    print(
+    tell(f"data {config.input_bin}: {loader.total_tokens:,} tokens in {len(loader.files)} shards")
+    tell(
         f"batch: {config.batch_size} × {config.sequence_length} tokens × {world.size} ranks × "
         f"{config.grad_accum_steps(world.size)} micro-steps = {config.total_batch_size:,} tokens an update"
     )
-    print(
-        f"device {device_name(world)} | backend {config.backend} | dtype {config.dtype} | torch {torch.__version__}",
-        flush=True,
-    )
+    tell(f"device {device_name(world)} | backend {config.backend} | dtype {config.dtype} | torch {torch.__version__}")
     if resumed:
-        print(f"resumed from {resumed}: {checkpoint.step_of(resumed)} of {config.num_iterations} steps are done")
+        tell(f"resumed from {resumed}: {checkpoint.step_of(resumed)} of {config.num_iterations} steps are done")
 
 
 def conclude(config: Config, world: World, output_dir: Path, resumable: bool) -> None:
-    """Say where everything is, and what can be done with it."""
+    """Say where everything is, and what can be done with it, in lines for a shell."""
     with write_errors(output_dir):
         names = sorted(path.name for path in output_dir.iterdir())
-    print(f"\nrun directory: {output_dir} ({', '.join(names)})")
+    tell(f"\nrun directory: {output_dir} ({', '.join(names)})")
     if resumable:
         launcher = "torchrun ..." if world.distributed else "python"
-        print(f"resume: {launcher} train.py {config.command_line(output_dir=str(output_dir), resume='auto')}")
+        tell(f"resume: {launcher} train.py {config.command_line(output_dir=str(output_dir), resume='auto')}")
     if not config.inference_only:
-        print(f"go on from these weights:    python train.py --model {output_dir}")
-        print(f"take them to transformers:   python -m model.hf export {output_dir} FOLDER")
+        tell(f"go on from these weights:    python train.py --model {shell_path(output_dir)}")
+        tell(f"take them to transformers:   python -m model.hf export {shell_path(output_dir)} FOLDER")
 
 
 def step_line(metrics: dict[str, float | None], num_iterations: int) -> str:

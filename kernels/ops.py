@@ -78,21 +78,18 @@ def parse(spec: str, device_type: str, flash: bool = False) -> Ops:
         "triton": lambda: triton_ops(device_type),
     }
 
-    def table(name: str) -> Ops:
+    base, *exceptions = spec.split(",")
+    by_op = {op: backend for op, _, backend in (exception.partition("=") for exception in exceptions)}
+    for name in (base, *by_op.values()):
         if name not in tables:
             raise ValueError(f"unknown backend {name!r}; choose from {', '.join(tables)}")
-        return tables[name]()
-
-    base, *exceptions = spec.split(",")
-    ops = table(base)
-    for exception in exceptions:
-        op, _, backend = exception.partition("=")
+    for op in by_op:
         if op not in Ops._fields:
             raise ValueError(
                 f"unknown op {op!r}; choose from {', '.join(Ops._fields)}, as in {base},{Ops._fields[0]}=eager"
             )
-        ops = ops._replace(**{op: getattr(table(backend), op)})
-    return ops
+    # Only now: to make the table of Triton's ops prepares the process for it.
+    return tables[base]()._replace(**{op: getattr(tables[backend](), op) for op, backend in by_op.items()})
 
 
 def __getattr__(name: str) -> Ops:

@@ -14,11 +14,13 @@ import torch
 import triton
 
 import train
+from common import BadInput
 from kernels import ops
 from kernels.ops import EAGER
 from model.gpt import GPT
 from model.llmc import write_model
 from tests.conftest import DEVICE, ROOT, TINY, command_line
+from training import distributed
 
 
 def shard_bytes(magic=20240520, version=1, claimed=None, tokens=None) -> bytes:
@@ -91,6 +93,8 @@ def test_sequence_longer_than_the_block(refused):
         ({"--zero_stage": 1}, ["--zero_stage 1", "torchrun"]),
         ({"--sample_every": 1}, ["--sample_every", "61"]),
         ({"--val_loss_every": 1, "--input_val_bin": ""}, ["--val_loss_every", "--input_val_bin"]),
+        ({"--backend": "triton,"}, ["--backend triton,:", "unknown"]),
+        ({"--backend": "triton,gelu=nobody"}, ["--backend triton,gelu=nobody:", "unknown backend 'nobody'"]),
     ],
 )
 def test_flags(refused, flags, told):
@@ -160,7 +164,7 @@ def test_read_only_disk(refused, monkeypatch):
     assert "cannot write --output_dir /proc/run: " in refused({"--output_dir": "/proc/run"})
 
 
-@pytest.mark.parametrize("flag", ["--output_dir", "--model", "--input_bin"])
+@pytest.mark.parametrize("flag", ["--output_dir", "--model", "--input_bin", "--resume"])
 @pytest.mark.parametrize("suffix", ["", ".bin"])
 def test_name_that_the_disk_does_not_take(refused, flag, suffix):
     """What the operating system says to 300 characters stands for all that it may say to a look at a path."""
@@ -196,6 +200,47 @@ def test_disk_that_fills_up_while_the_weights_are_written(tiny, tmp_path):
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert "model.bin" not in left and not any(name.endswith(".part") for name in left)
     assert {"main.log", "metrics.jsonl", "config.json"} <= left
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("WORLD_SIZE", "two"), ("WORLD_SIZE", "٢"), ("RANK", "2"), ("LOCAL_RANK", "-1"), ("MASTER_PORT", "65536")],
+        *[("RANK", ""), ("MASTER_ADDR", ""), ("TORCHELASTIC_RESTART_COUNT", "9" * 400)],
+    ],
+)
+def test_environment_of_no_rank(monkeypatch, name, value):
+    whole = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for variable, text in (whole | {name: value}).items():
+        monkeypatch.setenv(variable, text)
+    with pytest.raises(BadInput, match=f"{name}.*torchrun"):
+        distributed.start("cpu", timeout_s=1)
+
+
+def test_compiler_that_is_not_there(refused, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    line = refused({"--compile": 1})
+    assert "--compile 1: a trial failed: InvalidCxxCompiler: No working C++ compiler found; it needs" in line
+
+
+def test_no_folder_for_temporary_files(tiny, tmp_path):
+    """And an empty WORLD_SIZE, which is as good as none."""
+    done = subprocess.run(
+        [sys.executable, "train.py", *command_line(tiny | {"--output_dir": tmp_path / "run"})],
+        cwd=ROOT,
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "a_file" / "below"), "WORLD_SIZE": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=(tmp_path / "a_file").touch,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train.py: torch has no folder for temporary files (Not a directory); name one")
+    assert not (tmp_path / "run").exists()
 
 
 def test_command_line_in_a_process_of_its_own(tmp_path):

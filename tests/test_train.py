@@ -1,5 +1,6 @@
 """The main job, end to end: the loop against one written here in plain PyTorch, and everything that a run leaves."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,10 @@ import torch.nn.functional as F
 import train
 from data.shards import open_shard
 from model import llmc
+from model.gpt import PRESETS
 from tests.conftest import ROOT, TINY, command_line
+from training.config import Config, parse
+from training.distributed import StopRequest
 from training.log import RunLog
 
 
@@ -174,7 +179,7 @@ def test_compile_gives_the_losses_of_eager(run_tiny, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", without_code_generation)
     got = run_tiny(compile=1, val_loss_every=2, num_iterations=3).losses
-    assert asked == [{"fullgraph": True}]
+    assert asked == [{"fullgraph": True}] * 2  # a trial, and the network
     assert got == pytest.approx(run_tiny(num_iterations=3).losses, rel=1e-6)
 
 
@@ -251,6 +256,73 @@ def test_runs_of_one_second_get_folders_of_their_own(tiny, tmp_path, monkeypatch
     for _ in range(2):
         train.main(command_line(tiny | {"--num_iterations": 1}))
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["now_tiny", "now_tiny-2"]
+
+
+def test_largest_numbers_that_are_taken_end_in_a_line_if_at_all(run_tiny):
+    names = ("learning_rate", "learning_rate_decay_frac", "weight_decay", "grad_clip", "skip_loss_z", "skip_norm_z")
+    run = run_tiny(num_iterations=3, checkpoint_every=sys.maxsize, **dict.fromkeys(names, 1e12))
+    assert len(run.metrics) == 3
+
+
+HOSTILE = "-a $(touch made) `touch made`; touch made # 'q' \"d\" [b] * \\\n line & x"
+
+
+def test_lines_to_paste_survive_a_shell(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in (HOSTILE, "nano", "runs/one"):
+        Path(name).mkdir(parents=True)
+        config = Config(model=f"./{name}", input_bin=f"{name}/train_*.bin", num_iterations=7)
+        train.conclude(config, SimpleNamespace(distributed=False), Path(name), resumable=True)
+        screen = capsys.readouterr().out
+        labels = ("resume: ", "go on from these weights: ", "take them to transformers: ")
+        lines = re.fullmatch(r".*\n" + r"\n".join(rf"{label} *(.*)" for label in labels) + r"\n", screen, re.DOTALL)
+        arguments = []
+        for line in lines.groups():
+            script = f"python() {{ printf '%s\\0' \"$@\"; }}\n{line}"
+            arguments.append(
+                subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout.split("\0")[:-1]
+            )
+        resume, model, export = arguments
+        assert parse(resume[1:]) == dataclasses.replace(config, output_dir=name, resume="auto")
+        named = parse(model[1:]).model
+        assert Path(named) == Path(name) and named not in PRESETS
+        assert export[:3] == ["-m", "model.hf", "export"] and Path(export[3]) == Path(name)
+        assert not export[3].startswith("-") and len(export) == 5
+    assert not Path("made").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGHUP")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_closed_terminal_is_heeded_unless_nohup_ignores_it(ignored):
+    heeded = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in heeded}
+    try:
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = StopRequest().install()
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.preempted is not ignored
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_screen_that_takes_little_and_is_closed(tiny, tmp_path):
+    """No stdin, a stdout that is not UTF-8 and is closed after a line, no stderr: the run is the same."""
+    flags = command_line(tiny | {"--output_dir": tmp_path / "run", "--val_loss_every": 2})
+    script = '"$@" <&- 2>&- | head -n 1; exit "${PIPESTATUS[0]}"'
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", sys.executable, "train.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("model ") and done.stdout.count("\n") == 1
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"main.log", "metrics.jsonl", "loss.png", "config.json", "model.bin"}
 
 
 def test_ctrl_c_ends_the_run_with_everything_on_disk(tiny, tmp_path):

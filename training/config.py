@@ -3,8 +3,12 @@
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import shlex
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from common import BadInput
@@ -13,6 +17,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 LONGEST_TIMEOUT_S = 10**9
 """torch counts nanoseconds in 64 bits"""
+LARGEST = 1e12
+"""of a number that is no count: the product of three still fits float32"""
 
 LAPTOP = {
     "model": "nano",
@@ -152,7 +158,7 @@ class Config:
     )
 
     checkpoint_every: int = flag(
-        0, "checkpoints", "Steps between checkpoints; 0 saves only where SIGTERM or SIGUSR1 end the run."
+        0, "checkpoints", "Steps between checkpoints; 0 saves only where SIGTERM, SIGUSR1 or SIGHUP end the run."
     )
     keep: int = flag(2, "checkpoints", "How many of the newest checkpoints stay.")
     keep_every: int = flag(
@@ -212,8 +218,9 @@ class Config:
 
     @staticmethod
     def _check(name: str, value: float | None, least: float) -> None:
-        if value is not None and not least <= value < float("inf"):
-            raise BadInput(f"--{name} is {value}; it must be at least {least}")
+        most = LARGEST if isinstance(least, float) else sys.maxsize
+        if value is not None and not least <= value <= most:
+            raise BadInput(f"--{name} is {value}; it must be from {least} to {most}")
 
     def resolved(self, device_type: str, world_size: int) -> "Config":
         """Fill in what follows the device, and check the batch against the number of ranks.
@@ -256,8 +263,11 @@ class Config:
     def command_line(self, **changes: Any) -> str:
         """The arguments that give this configuration, with changes, for a shell."""
         config = dataclasses.replace(self, **changes)
-        given = [f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
-        return shlex.join(word for f in given for word in (f"--{f.name}", str(getattr(config, f.name))))
+        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        given = {f.name: str(given[f.name]) for f in dataclasses.fields(config) if given[f.name] != f.default}
+        # A value that begins with a dash would be taken for a flag.
+        words = ([f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text] for name, text in given.items())
+        return shlex.join(itertools.chain.from_iterable(words))
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-steps of one update."""
@@ -269,9 +279,27 @@ def default_backend(device_type: str) -> str:
     return "triton" if device_type == "cuda" and importlib.util.find_spec("triton") else "eager"
 
 
+def shell_path(path: Path) -> str:
+    """A path as a shell takes it, which no program takes for a flag, nor `--model` for a preset."""
+    text = str(path)
+    return shlex.quote(text if path.is_absolute() or ("/" in text and text[0] != "-") else f"./{text}")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise BadInput(f"{message}; see python train.py --help")
+
+
+def _reads(kind: type) -> Callable[[str], Any]:
+    """int and float take the digits of every script, where a typing error is likelier than one that is meant."""
+
+    def read(text: str) -> Any:
+        if kind is not str and not text.isascii():
+            raise ValueError
+        return kind(text)
+
+    read.__name__ = kind.__name__  # as argparse names it where the value is none
+    return read
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -298,10 +326,14 @@ def parse(argv: list[str] | None = None) -> Config:
         told = "" if default is None or "default" in field.metadata["help"] else f" (default: {default})"
         groups[group].add_argument(
             f"--{field.name}",
-            type=kind,
+            type=_reads(kind),
             default=default,
             choices=field.metadata["choices"],
             metavar=None if field.metadata["choices"] else kind.__name__.upper(),
             help=(field.metadata["help"] + told).replace("%", "%%"),
         )
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        if word.startswith("--") and word.endswith("=--"):  # argparse fails at it
+            parser.error(f"argument {word.removesuffix('=--')}: -- is no value")
     return Config(**vars(parser.parse_args(argv)))

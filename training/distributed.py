@@ -81,11 +81,13 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
     if not available[kind]:
         here = ", ".join(name for name in DEVICES if available[name])
         raise BadInput(f"--device {device}: there is none here; leave the flag out, or choose from: {here}")
-    if index and not (kind == "cuda" and index.isdecimal() and int(index) < torch.cuda.device_count()):
+    is_number = index.isascii() and index.isdecimal() and len(index) < 10
+    if index and not (kind == "cuda" and is_number and int(index) < torch.cuda.device_count()):
         raise BadInput(f"--device {device}: there is no such device here; leave the number out")
 
-    distributed = "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    missing = [name for name in OF_A_RANK if name not in os.environ]
+    rank, local_rank, size = (_of_environment(*given) for given in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    distributed = bool(os.environ.get("LOCAL_RANK")) or size > 1
+    missing = [name for name in OF_A_RANK if not os.environ.get(name)]
     if distributed and missing:
         raise BadInput(f"the environment is that of a rank, without {', '.join(missing)}; start ranks with torchrun")
     if zero_stage and not distributed:
@@ -93,9 +95,11 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
             f"--zero_stage {zero_stage} shards over ranks: start it as torchrun --nproc_per_node GPUS train.py ..., "
             "or use --zero_stage 0"
         )
-    rank, local_rank, size = (
-        (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")) if distributed else (0, 0, 1)
-    )
+    if not distributed:
+        rank, local_rank, size = 0, 0, 1
+    elif not (rank < size and local_rank < size and 0 < _of_environment("MASTER_PORT", 0) < 2**16):
+        told = " ".join(f"{name}={os.environ[name]}" for name in OF_A_RANK)
+        raise BadInput(f"the environment is that of no rank: {told}; start ranks with torchrun")
     if distributed and kind == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise BadInput(f"--nproc_per_node asks for more ranks than the {torch.cuda.device_count()} GPUs here")
@@ -103,7 +107,7 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
     chosen = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(chosen)
-    restarts, max_restarts = (int(os.environ.get(f"TORCHELASTIC_{n}", "0")) for n in ("RESTART_COUNT", "MAX_RESTARTS"))
+    restarts, max_restarts = (_of_environment(f"TORCHELASTIC_{n}", 0) for n in ("RESTART_COUNT", "MAX_RESTARTS"))
     store = None
     if distributed:
         timeout = timedelta(seconds=timeout_s)
@@ -125,6 +129,18 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
             ) from error
     launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {socket.gethostname()} {os.getppid()}"
     return World(rank, local_rank, size, chosen, distributed, store, timeout_s, restarts, max_restarts, launch)
+
+
+def _of_environment(name: str, default: int) -> int:
+    """A count that torchrun gives its ranks; an empty variable counts as none.
+
+    Raises:
+        BadInput: it is no count.
+    """
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise BadInput(f"the environment has {name}={text}, which is no count; start ranks with torchrun, or unset it")
+    return int(text)
 
 
 def stop(world: World) -> None:
@@ -285,7 +301,7 @@ class StopRequest:
     """Signals that ask the run to end after the step at hand.
 
     Ctrl-C (SIGINT) interrupts; a second one ends the process at once. SIGTERM and SIGUSR1, which schedulers send before
-    they take the machine away, preempt: the run saves first.
+    they take the machine away, and SIGHUP, which a terminal sends when it is closed, preempt: the run saves first.
     """
 
     def __init__(self) -> None:
@@ -295,9 +311,10 @@ class StopRequest:
     def install(self) -> "StopRequest":
         """Listen from now on."""
         signal.signal(signal.SIGINT, self._on_interrupt)
-        for name in ("SIGTERM", "SIGUSR1"):  # Windows has no SIGUSR1
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._on_preemption)
+        for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):  # Windows has the first alone
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._on_preemption)
         return self
 
     def _on_interrupt(self, signum: int, frame: object) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from common import tell
 from training import distributed
 from training.distributed import RunStopped, World
 
@@ -172,13 +173,12 @@ class Watchdog:
         except RuntimeError as error:
             if not _is_about_other_ranks(error):
                 raise
-            print(self._explain(error), file=sys.stderr, flush=True)
+            tell(self._explain(error), sys.stderr)
             self._ended = True
             with contextlib.suppress(RuntimeError):  # the store may be gone too
                 self._write()
             if self.world.is_main:  # it may hold the store, in which the others are still reading
                 time.sleep(SILENCE_S + PULSE_S)
-            sys.stdout.flush()
             os._exit(1)  # threads that wait for the others would keep the process
         finally:
             self._over.set()
@@ -193,7 +193,7 @@ class Watchdog:
             # NCCL ends the process without an exception: what is to be said has to be said before.
             if time.monotonic() - self._since > 0.8 * self.world.timeout_s and told != self._since:
                 told = self._since
-                print(self._explain(None), file=sys.stderr, flush=True)
+                tell(self._explain(None), sys.stderr)
 
     def _write(self) -> None:
         self._store.set(f"pulse/{self.world.rank}", json.dumps([time.monotonic(), *self._place, self._ended]))

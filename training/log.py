@@ -2,17 +2,18 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
-from common import BadInput, atomic_write, write_errors
+from common import BadInput, atomic_write, tell, write_errors
 
 try:
     import resource
@@ -24,7 +25,7 @@ class RunLog:
     """Records of one run, written as they come in, so that whatever stops the run leaves everything before it.
 
     What cannot be written, because the disk is full or the folder was taken away, is no reason to stop a run: a warning
-    says so, and lines are kept until there is room for them.
+    says so, and lines are kept until there is room for them. Nor is whatever fails in matplotlib or TensorBoard.
 
     Args:
         output_dir: an existing folder, or None to keep nothing.
@@ -52,7 +53,9 @@ class RunLog:
         """
         if self.output_dir:
             if tensorboard:
-                self._events = _tensorboard_writer(self.output_dir, first_step)
+                summary_writer = _tensorboard_writer()
+                with self._going_on("events.out.tfevents*"):
+                    self._events = summary_writer(str(self.output_dir), purge_step=first_step)
             self._go_on_from(first_step)
         return self
 
@@ -79,6 +82,15 @@ class RunLog:
         """Draw training and validation loss over steps into loss.png."""
         if not self.output_dir or not (self.train_losses or self.val_losses):
             return
+        with self._going_on("loss.png"), warnings.catch_warnings(), atomic_write(self.output_dir / "loss.png") as file:
+            warnings.simplefilter("ignore")  # of glyphs that the font lacks
+            figure = self._figure()
+            figure.savefig(file, format="png", dpi=120)
+
+    def _figure(self):
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot keep its cache of fonts
+        from matplotlib.figure import Figure  # here, because settings of the user's may make the import fail
+
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         if self.train_losses:
@@ -87,11 +99,12 @@ class RunLog:
             axes.plot(*zip(*self.val_losses, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
             step, loss = self.val_losses[-1]
             axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="right")
-        axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=self.title)
+        axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
+        title = self.title.encode(errors="backslashreplace").decode()  # a path may hold bytes that are no UTF-8
+        axes.set_title(title, parse_math=False)
         axes.grid(alpha=0.3)
         axes.legend()
-        with self._going_on("loss.png"), atomic_write(self.output_dir / "loss.png") as file:
-            figure.savefig(file, format="png", dpi=120)
+        return figure
 
     def sync(self) -> None:
         """Make the lines outlast a power failure."""
@@ -146,14 +159,17 @@ class RunLog:
 
     @contextlib.contextmanager
     def _going_on(self, name: str) -> Iterator[None]:
-        """Warn of a file that cannot be written, once, until it can be again."""
+        """Warn of a file that cannot be written, whatever the reason, once, until it can be again."""
         try:
             with write_errors(self.output_dir / name):
                 yield
             self._refused.discard(name)
-        except BadInput as error:
+        except Exception as error:
             if name not in self._refused:
-                tell(f"warning: {error}; the run goes on")
+                reason = str(error)
+                if not isinstance(error, BadInput):
+                    reason = f"cannot write {self.output_dir / name}: {type(error).__name__}: {error}"
+                tell(f"warning: {' '.join(reason.split())}; the run goes on")
             self._refused.add(name)
 
 
@@ -165,18 +181,16 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _tensorboard_writer(output_dir: Path, first_step: int):
+def _tensorboard_writer():
+    """The class that writes TensorBoard events."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise BadInput("--tensorboard 1 needs tensorboard: pip install -e '.[tensorboard]', or leave it out") from error
-    return SummaryWriter(str(output_dir), purge_step=first_step)
-
-
-def tell(line: str) -> None:
-    """Print a line at once. That the screen is a file on a full disk is no reason to stop a run either."""
-    with contextlib.suppress(OSError):
-        print(line, flush=True)
+    except Exception as error:  # also versions of protobuf and NumPy that it does not go with
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(
+            f"--tensorboard 1 needs tensorboard ({reason}): pip install -e '.[tensorboard]', or leave it out"
+        ) from error
+    return SummaryWriter
 
 
 def peak_memory_mib(device: torch.device) -> float | None:

@@ -488,7 +488,7 @@ def test_preempted_run_saves_and_goes_on_as_if_nothing_had_been(run_ranks, momen
     every = {"checkpoint_every": 6 if moment == "save" else 0}
     whole = run_ranks(2, **flags)
     first = run_ranks(2, preempt, (moment, int(number)), **flags, **every)  # exit status 0
-    assert "stopped by SIGTERM or SIGUSR1 after step" in first.screen
+    assert "stopped by SIGTERM, SIGUSR1 or SIGHUP after step" in first.screen
     (line,) = [line for line in first.screen.splitlines() if line.startswith("resume: ")]
     assert line.startswith("resume: torchrun ... train.py ") and line.endswith(
         "--resume auto --output_dir " + str(first.output_dir)

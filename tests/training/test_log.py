@@ -5,13 +5,14 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from matplotlib.image import imread
 
-from common import BadInput
-from training.log import RunLog, peak_memory_mib, resource, tell
+from common import BadInput, tell
+from training.log import RunLog, peak_memory_mib, resource
 
 
 def test_main_log_has_llmc_lines_and_metrics_are_json(tmp_path):
@@ -44,6 +45,39 @@ def test_picture_shows_both_curves_and_is_redrawn(tmp_path):
     assert pixels(first, blue) == 0 and pixels(first, orange) > 20
     assert pixels(second, blue) > 500 and pixels(second, orange) > 300
     assert [path.name for path in tmp_path.glob("*.png")] == ["loss.png"]
+
+
+@pytest.mark.parametrize("title", ["$x_{", "\\frac$ _^ \n", "日本 \udcff", "x" * 3000])
+def test_title_is_drawn_as_it_stands(tmp_path, title, capfd):
+    log = RunLog(tmp_path, title).open()
+    log.validation(0, 10.0)
+    assert imread(tmp_path / "loss.png").shape == (540, 960, 4)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_whatever_fails_in_a_picture_or_in_events_is_one_warning(tmp_path, monkeypatch, capfd):
+    class Broken:
+        def __init__(self, *arguments, **more):
+            raise OverflowError("too\nmany points")
+
+    monkeypatch.setattr("matplotlib.figure.Figure", Broken)
+    monkeypatch.setattr("training.log._tensorboard_writer", lambda: Broken)
+    log = RunLog(tmp_path).open(tensorboard=True)
+    log._events = SimpleNamespace(add_scalar=Broken, close=Broken)  # as of one that fails later
+    for step in range(3):
+        log.train({"step": step, "loss": 1.0})
+        log.validation(step, 1.0)
+    log.close()
+    names = ("events.out.tfevents*", "loss.png")
+    told = [f"warning: cannot write {tmp_path / name}: OverflowError: too many points" for name in names]
+    assert capfd.readouterr() == ("".join(f"{line}; the run goes on\n" for line in told), "")
+    assert len((tmp_path / "main.log").read_text().splitlines()) == 6
+    assert {path.name for path in tmp_path.iterdir()} == {"main.log", "metrics.jsonl"}
+
+
+def test_control_characters_are_printed_as_escapes(capsys):
+    tell("a\x1b[2Jb\udcff\rc é\td\n")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\udcff\\rc é\td\n\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
