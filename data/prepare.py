@@ -23,7 +23,7 @@ from typing import NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from common import BadInput, exit_on_bad_input, write_errors
+from common import BadInput, exit_on_bad_input, lenient_streams, write_errors
 from data.shards import write_shard
 from data.tokenizer import END_OF_TEXT, gpt2_encoding
 
@@ -322,6 +322,7 @@ def _count(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module."""
+    lenient_streams()
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output_dir", type=Path, help="New folder for the shards (default: data/shards/CORPUS).")
     common.add_argument("--shard_tokens", type=_count, default=SHARD_TOKENS, help="Tokens a shard (default: 1e8).")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from common import BadInput, exit_on_bad_input, write_errors
+from common import BadInput, exit_on_bad_input, lenient_streams, write_errors
 from kernels.ops import EAGER, Ops
 from model import llmc
 from model.gpt import GPT, GPTConfig
@@ -268,6 +268,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module."""
+    lenient_streams()
     from data.tokenizer import vocabulary_files  # only here: the rest of model/ knows nothing of data/
 
     parser = _Parser(prog="model.hf", description="Write a run's weights for transformers.")

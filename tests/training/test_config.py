@@ -104,7 +104,7 @@ def test_validation_defaults_to_on_only_where_there_are_shards():
         ("--learning_rate ٣.٥", "--learning_rate: invalid float value"),
         (f"--num_iterations {'9' * 400}", "--num_iterations is 9{400}; it must be from 0 to"),
         (f"--num_iterations {'9' * 5000}", "--num_iterations: invalid int value"),
-        ("--weight_decay 1e400", r"--weight_decay is inf; it must be from 0.0 to 1e\+?12|1000000000000.0"),
+        ("--weight_decay 1e400", "--weight_decay is inf; it must be from 0.0 to 1000000000000.0$"),
         ("--skip_loss_z 1e39", "--skip_loss_z is 1e"),
         ("--model=", "--model is"),
         ("--input_bin=", "--input_bin is"),

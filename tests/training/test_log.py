@@ -47,7 +47,7 @@ def test_picture_shows_both_curves_and_is_redrawn(tmp_path):
     assert [path.name for path in tmp_path.glob("*.png")] == ["loss.png"]
 
 
-@pytest.mark.parametrize("title", ["$x_{", "\\frac$ _^ \n", "日本 \udcff", "x" * 3000])
+@pytest.mark.parametrize("title", ["$x_{$", "$\\frac$ _^ \n", "日本 \udcff", "x" * 3000])
 def test_title_is_drawn_as_it_stands(tmp_path, title, capfd):
     log = RunLog(tmp_path, title).open()
     log.validation(0, 10.0)
