@@ -2,6 +2,10 @@
 
 The residual stream travels as a pair (residual, branch): the addition that ends one half of a block is made together
 with the LayerNorm that opens the next, as one op.
+
+Hooks see what they would see in a plain GPT-2. Where a module has one, what is fused around it comes apart: it is
+called by itself, with its own input and output, and keeps its input for the backward pass whatever `set_recompute`
+says, because recomputation would not run the hook again.
 """
 
 import dataclasses
@@ -12,6 +16,7 @@ import torch
 import torch.nn as nn
 
 from kernels.ops import EAGER, Ops
+from model.hooks import hooked, hooked_besides_fsdp
 from model.recompute import Linear
 
 INIT_SEED = 42
@@ -70,12 +75,18 @@ class LayerNorm(nn.Module):
         """(..., C) -> (..., C)"""
         return self.ops.layer_norm(x, self.weight, self.bias)
 
-    def add(self, residual: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual, branch), each (..., C) -> (their sum, its LayerNorm)"""
-        return self.ops.add_layer_norm(residual, branch, self.weight, self.bias)
+    def add(self, residual: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(residual, branch or None for zero), each (..., C) -> (their sum, its LayerNorm)"""
+        if branch is not None and not hooked(self):
+            return self.ops.add_layer_norm(residual, branch, self.weight, self.bias)
+        residual = _sum(residual, branch)
+        return residual, self(residual)
 
-    def recipe(self, x: torch.Tensor) -> tuple:
-        """How to make the LayerNorm of x again: for `Linear`."""
+    def recipe(self, x: torch.Tensor, reader: nn.Module) -> tuple:
+        """How to make the LayerNorm of x again: for the `Linear` that opens `reader`. Empty where a hook may have
+        changed it on the way there."""
+        if hooked(self) or hooked_besides_fsdp(reader):
+            return ()
         return self.ops.layer_norm, x, self.weight, self.bias
 
 
@@ -91,7 +102,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, *recipe) -> torch.Tensor:
         """(B, T, C) -> (B, T, C); with a recipe, x is not kept"""
-        return self.c_proj(self.ops.attention(self.c_attn(x, *recipe), self.n_head))
+        qkv = self.c_attn(x) if hooked(self.c_attn) else self.c_attn(x, *recipe)
+        return self.c_proj(self.ops.attention(qkv, self.n_head))
 
 
 class MLP(nn.Module):
@@ -106,12 +118,13 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor, *recipe) -> torch.Tensor:
         """(..., C) -> (..., C); with a recipe, x is not kept"""
-        h = self.c_fc(x, *recipe)
-        return self.c_proj(self.ops.gelu(h), *((self.ops.gelu, h) if self.recompute_gelu else ()))
+        h = self.c_fc(x) if hooked(self.c_fc) else self.c_fc(x, *recipe)
+        recompute = self.recompute_gelu and not hooked(self.c_proj)
+        return self.c_proj(self.ops.gelu(h), *((self.ops.gelu, h) if recompute else ()))
 
 
 class Block(nn.Module):
-    """x = x + attn(ln_1(x)), then x = x + mlp(ln_2(x)); the last addition is left to whoever comes next."""
+    """x = x + attn(ln_1(x)), then x = x + mlp(ln_2(x))."""
 
     def __init__(self, config: GPTConfig, ops: Ops):
         super().__init__()
@@ -121,16 +134,25 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, ops)
         self.mlp = MLP(config, ops)
 
-    def forward(self, residual: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual, branch or None before the first block), each (B, T, C) -> the same pair after this block"""
-        if branch is None:
-            normed = self.ln_1(residual)
-        else:
-            residual, normed = self.ln_1.add(residual, branch)
-        recipe = self.ln_1.recipe(residual) if self.recompute_norms else ()
+    def forward(
+        self, residual: torch.Tensor, branch: torch.Tensor | None = None, as_pair: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Run the block.
+
+        Args:
+            residual: (B, T, C), the stream, or what `branch` is still to be added to.
+            branch: (B, T, C), what the block before left to add; None for nothing.
+            as_pair: leave the last addition to whoever comes next.
+
+        Returns:
+            (B, T, C), or with as_pair the (residual, branch) that add up to it.
+        """
+        residual, normed = self.ln_1.add(residual, branch)
+        recipe = self.ln_1.recipe(residual, self.attn) if self.recompute_norms else ()
         residual, normed = self.ln_2.add(residual, self.attn(normed, *recipe))
-        recipe = self.ln_2.recipe(residual) if self.recompute_norms else ()
-        return residual, self.mlp(normed, *recipe)
+        recipe = self.ln_2.recipe(residual, self.mlp) if self.recompute_norms else ()
+        branch = self.mlp(normed, *recipe)
+        return (residual, branch) if as_pair else residual + branch
 
 
 class GPT(nn.Module):
@@ -188,7 +210,8 @@ class GPT(nn.Module):
     def set_recompute(self, level: int) -> None:
         """Keep less for the backward pass and make it again there: 0 nothing, 1 GELUs, 2 LayerNorms too.
 
-        Of the 16·C elements a token that a layer keeps, 12·C are left at 1 and 10·C at 2.
+        Of the 16·C elements a token that a layer keeps, 12·C are left at 1 and 10·C at 2; more where modules
+        have hooks.
         """
         for block in self.transformer.h:
             block.mlp.recompute_gelu = level >= 1
@@ -213,18 +236,25 @@ class GPT(nn.Module):
         """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"a sequence of {idx.shape[1]} tokens is longer than block_size {self.config.block_size}")
-        residual = self.ops.embedding(idx, self.transformer.wte.weight, self.transformer.wpe.weight)
+        wte, wpe = self.transformer.wte, self.transformer.wpe
+        if hooked(wte) or hooked(wpe):
+            residual = wte(idx) + wpe(torch.arange(idx.shape[1], device=idx.device))
+        else:
+            residual = self.ops.embedding(idx, wte.weight, wpe.weight)
         branch = None
         for block in self.transformer.h:
-            residual, branch = block(residual, branch)
+            if hooked(block):
+                residual, branch = block(_sum(residual, branch)), None
+            else:
+                residual, branch = block(residual, branch, as_pair=True)
         _, hidden = self.transformer.ln_f.add(residual, branch)
 
         if targets is None:
             return (self.lm_head(hidden[:, [-1], :]) if return_logits else None), None
-        if not return_logits:
+        if not return_logits and not hooked(self.lm_head):
             return None, self.ops.linear_cross_entropy(hidden, self.lm_head.weight, targets)
         logits = self.lm_head(hidden)
-        return logits, self.ops.cross_entropy(logits, targets)
+        return (logits if return_logits else None), self.ops.cross_entropy(logits, targets)
 
     @torch.no_grad()
     def generate(
@@ -257,3 +287,7 @@ class GPT(nn.Module):
             probs = torch.softmax(logits, dim=-1)
             idx = torch.cat((idx, torch.multinomial(probs, num_samples=1)), dim=1)
         return idx
+
+
+def _sum(residual: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
+    return residual if branch is None else residual + branch

@@ -1,0 +1,35 @@
+"""Whether a module has hooks: what is fused around a module, or recomputed, would pass them by.
+
+It is the test by which `nn.Module.__call__` takes the short way to `forward`; torch has no public name for it.
+"""
+
+import torch.nn as nn
+from torch.nn.modules import module as of_all
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs a hook, of its own or of all modules."""
+    return _all_are_hooked() or bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
+
+
+def hooked_besides_fsdp(module: nn.Module) -> bool:
+    """Whether it runs one other than those by which FSDP2 gathers and frees weights, which change no activation."""
+    if not hooked(module):
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return (
+        _all_are_hooked()
+        or bool(module._backward_pre_hooks or module._backward_hooks)
+        or not all(str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.") for hook in hooks)
+    )
+
+
+def _all_are_hooked() -> bool:
+    return bool(
+        of_all._global_forward_pre_hooks
+        or of_all._global_forward_hooks
+        or of_all._global_backward_pre_hooks
+        or of_all._global_backward_hooks
+    )
