@@ -11,6 +11,7 @@ says, because recomputation would not run the hook again.
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -181,8 +182,23 @@ class GPT(nn.Module):
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.to_empty(device="cpu")
         self.lm_head.weight = self.transformer.wte.weight
+        self.register_load_state_dict_pre_hook(_before_loading)
+        self.register_load_state_dict_post_hook(_after_loading)
         if init:
             self.init_weights()
+
+    @property
+    def _tied(self) -> bool:
+        return getattr(self.lm_head, "weight", None) is self.transformer.wte.weight
+
+    def _apply(self, *args, **kwargs) -> "GPT":
+        # What `to`, `to_empty`, `double` and their like call. A parameter that it cannot change in place, as on the way
+        # to another kind of device, it makes anew for each module that has it.
+        tied = self._tied
+        super()._apply(*args, **kwargs)
+        if tied:
+            self.lm_head.weight = self.transformer.wte.weight
+        return self
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -291,3 +307,17 @@ class GPT(nn.Module):
 
 def _sum(residual: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
     return residual if branch is None else residual + branch
+
+
+def _before_loading(gpt: GPT, *_) -> None:
+    gpt._was_tied = gpt._tied
+
+
+def _after_loading(gpt: GPT, keys: NamedTuple) -> None:
+    """Tie the head again: load_state_dict(assign=True) gives each name a parameter of its own. Where the two differ,
+    lm_head.weight counts, as without assign, which copies it over the other."""
+    if gpt._was_tied and not gpt._tied:
+        wte = gpt.transformer.wte
+        if not any(key.endswith("lm_head.weight") for key in keys.missing_keys):
+            wte.weight = gpt.lm_head.weight
+        gpt.lm_head.weight = wte.weight

@@ -29,7 +29,7 @@ class Linear(nn.Linear):
         Returns:
             (..., out_features)
         """
-        if make is None:
+        if make is None or x.is_meta:  # which has no memory to save, and no autocast
             return F.linear(x, self.weight, self.bias)
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -59,5 +59,5 @@ class _ForgetfulLinear(torch.autograd.Function):
         with torch.autocast(dy.device.type, dy.dtype, enabled=ctx.autocast):  # as x was made in the forward pass
             x = ctx.make(*sources)
         x, rows = x.to(dy.dtype).flatten(0, -2), dy.flatten(0, -2)
-        dx = (rows @ weight).view(*dy.shape[:-1], -1)
+        dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1])
         return dx, rows.t() @ x, rows.sum(0), None, None, *(None for _ in sources)

@@ -110,6 +110,18 @@ def test_recompute_gives_the_same_bits():
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_empty_batches(shape, level):
+    for backend in (TRITON, EAGER._replace(attention=TRITON.attention)):
+        gpt, idx = network(TINY, backend), torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+        gpt.set_recompute(level)
+        logits, loss = gpt(idx, idx)
+        assert logits.shape == (*shape, TINY.vocab_size) and loss.isnan()  # a mean over nothing
+        logits.sum().backward()
+        assert all(torch.all(param.grad == 0) for param in gpt.parameters())
+
+
 @pytest.mark.parametrize(("recompute", "most"), [(0, 16.1), (1, 12.1), (2, 10.1)])
 def test_what_a_layer_keeps_for_the_backward_pass(recompute, most):
     """Elements a token, counted as the difference that two more layers make."""

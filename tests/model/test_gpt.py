@@ -1,6 +1,8 @@
 """The network: its parameters, its initial weights, its forward pass against a plain one, and sampling from it."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -67,6 +69,54 @@ def test_head_and_token_embedding_are_one_tensor():
     assert gpt.lm_head.weight is gpt.transformer.wte.weight
     gpt.load_state_dict(random_tiny().state_dict())
     assert gpt.lm_head.weight is gpt.transformer.wte.weight
+
+
+def loaded(assign: bool, without: str = "", **changed: torch.Tensor) -> GPT:
+    state = {name: tensor.clone() for name, tensor in random_tiny().state_dict().items() if name != without}
+    gpt = GPT(TINY)
+    torch.nn.Sequential(gpt).load_state_dict(
+        {f"0.{name}": tensor for name, tensor in (state | changed).items()}, strict=not without, assign=assign
+    )
+    return gpt
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda gpt: gpt.to("meta"),
+        lambda gpt: gpt.to("meta").to_empty(device="cpu"),
+        lambda gpt: gpt.double(),
+        lambda gpt: copy.deepcopy(gpt),
+        lambda gpt: pickle.loads(pickle.dumps(gpt)),
+        lambda gpt: loaded(assign=True),
+        lambda gpt: copy.deepcopy(loaded(assign=True)).to("meta"),
+    ],
+    ids=["meta", "to_empty", "double", "deepcopy", "pickle", "assign", "all"],
+)
+def test_head_stays_tied(how):
+    gpt = how(GPT(TINY))
+    assert gpt.lm_head.weight is gpt.transformer.wte.weight
+    assert sum(param.numel() for param in gpt.parameters()) == TINY.num_params()
+
+
+@pytest.mark.parametrize("without", ["", "lm_head.weight", "transformer.wte.weight"])
+def test_assigned_weights_are_those_that_copying_gives(without):
+    """Where the head and the embedding differ, too: the head's are copied last."""
+    head = {} if without == "lm_head.weight" else {"lm_head.weight": torch.full((TINY.vocab_size, TINY.n_embd), 7.0)}
+    copied, assigned = (loaded(assign, without, **head) for assign in (False, True))
+    assert assigned.lm_head.weight is assigned.transformer.wte.weight
+    for name, param in copied.named_parameters():
+        assert torch.equal(assigned.get_parameter(name), param), name
+
+
+def test_a_head_of_its_own_stays_so():
+    gpt = GPT(TINY)
+    gpt.lm_head = torch.nn.Linear(TINY.n_embd, 3, bias=False)
+    state = {name: torch.ones_like(tensor) for name, tensor in gpt.state_dict().items()}
+    for assign in (False, True):
+        gpt.load_state_dict(state, assign=assign)
+        gpt.double()
+        assert gpt.lm_head.weight.shape == (3, TINY.n_embd)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,17 @@ def test_the_same_bits(level, dtype, compiled):
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
+def test_on_the_meta_device(level):
+    gpt = GPT(TINY, EAGER).to("meta")
+    gpt.set_recompute(level)
+    idx = torch.zeros((3, 5), dtype=torch.int64, device="meta")
+    logits, loss = gpt(idx, idx)
+    assert logits.is_meta and logits.shape == (3, 5, TINY.vocab_size) and loss.shape == ()
+    loss.backward()
+    assert all(param.grad.is_meta and param.grad.shape == param.shape for param in gpt.parameters())
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
 def test_losses_of_a_run(run_tiny, level):
     assert run_tiny(recompute=level).losses == run_tiny().losses
 
