@@ -34,6 +34,33 @@ class Comparison(NamedTuple):
         return self.error <= self.tolerance
 
 
+class Errors(NamedTuple):
+    """What is measured of a tensor, or of a part of it."""
+
+    kernel: float
+    """max|kernel − truth|"""
+    eager: float
+    """max|eager − truth|"""
+    scale: float
+    """max|truth| where the truth is finite"""
+
+    def worst(self, other: "Errors") -> "Errors":
+        """Of two parts of a tensor, what is true of both together."""
+        return Errors(*map(max, self, other))
+
+
+def measure(kernel: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> Errors:
+    """Measure a tensor, or a part of it; the arguments are those of `compare`. Another shape is infinitely far off."""
+    if not kernel.shape == eager.shape == truth.shape:
+        return Errors(float("inf"), 0.0, 0.0)
+    if not truth.numel():
+        return Errors(0.0, 0.0, 0.0)
+    truth = truth.detach().double()
+    # No boolean index: its int64 positions are eight times as large as the numbers that it picks.
+    scale = truth.abs().nan_to_num_(nan=0.0, posinf=0.0).max().item()
+    return Errors(_largest_difference(kernel, truth), _largest_difference(eager, truth), scale)
+
+
 def compare(
     name: str,
     kernel: torch.Tensor,
@@ -54,25 +81,30 @@ def compare(
         inner: the dtype that intermediate results were rounded to, where that is not the kernel's business.
         n_averaged: number of rows that such errors average out over.
     """
-    if not kernel.shape == eager.shape == truth.shape:
-        return Comparison(name, float("inf"), 0.0, 0.0)
-    truth = truth.detach().double()
-    eager_error = _largest_difference(eager, truth)
-    scale = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
-    info = torch.finfo(kernel.dtype)
+    return judge(name, measure(kernel, eager, truth), kernel.dtype, n_summed, inner, n_averaged)
+
+
+def judge(
+    name: str,
+    errors: Errors,
+    dtype: torch.dtype,
+    n_summed: int = 1,
+    inner: torch.dtype | None = None,
+    n_averaged: int = 1,
+) -> Comparison:
+    """Hold what was measured of a whole tensor against the rule; `dtype` is the kernel's, the rest as of `compare`."""
+    info = torch.finfo(dtype)
     ulps = info.eps * n_summed**0.5 + (torch.finfo(inner).eps / n_averaged**0.5 if inner else 0.0)
     # At least a few of the smallest numbers of the dtype: fp16's gradients live down there.
-    luck = SLACK_ULPS * (ulps * scale + info.tiny * info.eps)
-    return Comparison(name, _largest_difference(kernel, truth), 2.0 * eager_error + luck, eager_error)
+    luck = SLACK_ULPS * (ulps * errors.scale + info.tiny * info.eps)
+    return Comparison(name, errors.kernel, 2.0 * errors.eager + luck, errors.eager)
 
 
 def _largest_difference(tensor: torch.Tensor, truth: torch.Tensor) -> float:
     """max|tensor − truth|, where the same infinity, or NaN on both sides, is no difference."""
     tensor = tensor.detach().to(truth.device, torch.float64)
-    if tensor.numel() == 0:
-        return 0.0
     same = (tensor == truth) | (tensor.isnan() & truth.isnan())
-    return torch.where(same, 0.0, (tensor - truth).abs()).nan_to_num(nan=float("inf")).max().item()
+    return (tensor - truth).abs_().masked_fill_(same, 0.0).nan_to_num_(nan=float("inf")).max().item()
 
 
 def outputs_and_gradients(

@@ -8,20 +8,20 @@ what comes after it in the network is not touched by its error.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from kernels.accuracy import Comparison, compare, outputs_and_gradients
+from kernels.accuracy import Comparison, Errors, compare, judge, measure, outputs_and_gradients
 from kernels.ops import EAGER, Ops
 from model.gpt import GPT
 
 # Arguments of ops that go along the batch, and are sliced; the others are weights, whose gradients are sums over it.
 _BATCHED = {"idx", "x", "residual", "branch", "qkv", "logits", "hidden", "targets"}
 _SLICE_BYTES = 2**28
-"""what the largest float64 matrix may take: eager and the truth are computed a few sequences at a time, because they
-hold a (T, T) matrix a head, and all logits"""
+"""what the largest float64 matrix may take: eager and the truth are computed, and compared, a few sequences at a time,
+because they hold a (T, T) matrix per head, and all logits"""
 
 
 def check(gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, say: Callable[[str], None]) -> bool:
@@ -50,7 +50,8 @@ def check(gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, say: C
 
     head = f"{'':16} {'error':>10} {'tolerance':>10} {'eager':>10}"
     say(f"{'op':37} {head}")
-    autocast = torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
+    # Without its cache, which would keep what each slice casts until the whole check is over.
+    autocast = torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     _compare_ops(gpt, x, y, dtype, autocast, report)
     n_ops_off = len(off)
     say(f"\n{'loss and gradients':37} {head}")
@@ -76,12 +77,12 @@ def _compare_ops(
         arguments = inspect.signature(oracle).parameters
 
         def call(*inputs: Any) -> Any:
-            outputs = oracle(*inputs)
+            named = dict(zip(arguments, inputs, strict=True))
+            outputs = _in_slices(oracle, named, n_slice)
             name = f"{op} {counts[op]}"
             counts[op] += 1
-            named = dict(zip(arguments, inputs, strict=True))
-            report(name, _compare_call(op, getattr(gpt.ops, op), named, outputs, n_slice, dtype))
-            return outputs
+            report(name, _compare_call(oracle, getattr(gpt.ops, op), named, outputs, n_slice, dtype))
+            return outputs if len(outputs) > 1 else outputs[0]
 
         return call
 
@@ -92,45 +93,74 @@ def _compare_ops(
 
 
 def _compare_call(
-    op: str, kernel: Callable, inputs: dict[str, Any], outputs: Any, n_slice: int, dtype: torch.dtype
+    oracle: Callable,
+    kernel: Callable,
+    inputs: dict[str, Any],
+    outputs: list[torch.Tensor],
+    n_slice: int,
+    dtype: torch.dtype,
 ) -> list[Comparison]:
     """Compare one call with gradients of unit size; that of a loss is 1."""
     generator = torch.Generator().manual_seed(42)
-    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
     # What the lowest precision in play can hold, so that the backend does not pay for a rounding that eager is spared.
     gradients = [
         torch.randn(out.shape, generator=generator).to(dtype).to(out) if out.dim() else torch.ones_like(out)
         for out in outputs
     ]
+    along_batch = {f"d{name}" for name in inputs if name in _BATCHED}
+    along_batch |= {f"out{i}" for i, out in enumerate(outputs) if out.dim()}
+    errors: dict[str, Errors] = {}
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     with torch.enable_grad():
         by_kernel = outputs_and_gradients(kernel, inputs, gradients)
-        by_eager = _in_slices(op, inputs, gradients, n_slice)
-        with torch.autocast(outputs[0].device.type, enabled=False):
-            exact = {name: _double(value) for name, value in inputs.items()}
-            truth = _in_slices(op, exact, [_double(gradient) for gradient in gradients], n_slice)
+        for rows, part, share in _slices(inputs, n_slice):
+            grads = [g[rows] if g.dim() else g * share for g in gradients]
+            by_eager = outputs_and_gradients(oracle, part, grads)
+            with torch.autocast(outputs[0].device.type, enabled=False):
+                exact = {name: _double(value) for name, value in part.items()}
+                truth = outputs_and_gradients(oracle, exact, [_double(g) for g in grads])
+            for name in truth:
+                if name not in by_kernel:
+                    continue
+                if name in along_batch:
+                    found = measure(by_kernel[name][rows], by_eager[name], truth[name])
+                    errors[name] = found.worst(errors.get(name, found))
+                else:  # a weight's gradient, or a loss
+                    weight = 1.0 if name.startswith("d") else share
+                    eager_sum, exact_sum = sums.get(name, (0.0, 0.0))
+                    sums[name] = eager_sum + weight * by_eager[name], exact_sum + weight * truth[name]
+    errors |= {name: measure(by_kernel[name], *both) for name, both in sums.items()}
     first = next(value for name, value in inputs.items() if name in _BATCHED)
     n_rows = first.shape[0] * first.shape[1]
     n_summed = {f"d{name}": n_rows for name in inputs if name not in _BATCHED}
-    return [compare(name, by_kernel[name], by_eager[name], truth[name], n_summed.get(name, 1)) for name in truth]
+    return [
+        judge(name, errors[name], by_kernel[name].dtype, n_summed.get(name, 1))
+        if name in by_kernel
+        else Comparison(name, float("inf"), 0.0, 0.0)
+        for name in truth
+    ]
 
 
-def _in_slices(op: str, inputs: dict[str, Any], gradients: list[torch.Tensor], n_slice: int) -> dict[str, torch.Tensor]:
-    """What `outputs_and_gradients` of the eager op gives, a few sequences at a time."""
-    batched = [name for name in inputs if name in _BATCHED]
-    pieces: list[dict[str, torch.Tensor]] = []
-    for start in range(0, inputs[batched[0]].shape[0], n_slice):
-        part = {name: v[start : start + n_slice] if name in batched else v for name, v in inputs.items()}
-        share = len(part[batched[0]]) / len(inputs[batched[0]])  # of a loss, which is a mean
-        grads = [g[start : start + n_slice] if g.dim() else g * share for g in gradients]
-        piece = outputs_and_gradients(getattr(EAGER, op), part, grads)
-        pieces.append({name: value if value.dim() else value * share for name, value in piece.items()})
-    along_batch = {"out0", "out1", *(f"d{name}" for name in batched)}
-    return {
-        name: torch.cat([piece[name] for piece in pieces])
-        if name in along_batch and pieces[0][name].dim()
-        else sum(piece[name] for piece in pieces)
-        for name in pieces[0]
-    }
+def _in_slices(oracle: Callable, inputs: dict[str, Any], n_slice: int) -> list[torch.Tensor]:
+    """The outputs of an eager op, computed a few sequences at a time."""
+    pieces, shares = [], []
+    for _, part, share in _slices(inputs, n_slice):
+        out = oracle(*part.values())
+        pieces.append([out] if isinstance(out, torch.Tensor) else out)
+        shares.append(share)
+    return [
+        torch.cat(of_one) if of_one[0].dim() else sum(loss * share for loss, share in zip(of_one, shares, strict=True))
+        for of_one in zip(*pieces, strict=True)
+    ]
+
+
+def _slices(inputs: dict[str, Any], n_slice: int) -> Iterator[tuple[slice, dict[str, Any], float]]:
+    """Of a call's inputs a few sequences at a time: their place in the batch, the inputs, their share of a mean."""
+    B = next(len(value) for name, value in inputs.items() if name in _BATCHED)
+    for start in range(0, B, n_slice):
+        rows = slice(start, start + n_slice)
+        part = {name: value[rows] if name in _BATCHED else value for name, value in inputs.items()}
+        yield rows, part, min(n_slice, B - start) / B
 
 
 def _compare_network(
@@ -146,7 +176,8 @@ def _compare_network(
             loss = loss * (len(x[part]) / len(x))
             loss.backward()
             total = total + loss.detach()
-        return {"loss": total} | {name: param.grad for name, param in network.named_parameters()}
+        grads = {name: param.grad for name, param in network.named_parameters() if param.grad is not None}
+        return {"loss": total} | grads
 
     n_slice = _slice_length(gpt, x)
     with autocast:
@@ -155,8 +186,11 @@ def _compare_network(
     truth = loss_and_gradients(_with_ops(gpt, EAGER).double(), n_slice)
     for name in truth:
         n_summed = 1 if name == "loss" else x.numel()
-        tensors = by_kernel[name], by_eager[name], truth[name]
-        comparison = compare("", *tensors, n_summed, inner=dtype, n_averaged=x.numel())
+        if name in by_kernel:
+            tensors = by_kernel[name], by_eager[name], truth[name]
+            comparison = compare("", *tensors, n_summed, inner=dtype, n_averaged=x.numel())
+        else:
+            comparison = Comparison("", float("inf"), 0.0, 0.0)
         report(name.removeprefix("transformer."), [comparison])
 
 

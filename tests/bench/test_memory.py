@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from bench import capture, memory
+from bench import capture, memory, step
 from kernels.ops import EAGER
-from model.gpt import PRESETS
+from model.gpt import GPT, PRESETS
+from training import check
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,48 @@ def test_the_head_has_an_eighth_of_the_logits_alive(ours, preset):
     assert 0 < peak <= logits / 8
     peak, logits = memory.head_peak(preset, EAGER)
     assert peak > logits
+
+
+@pytest.fixture
+def check_peak(ours, monkeypatch):
+    """Counts the most bytes that `--check 1` has alive, for a d12 of so many layers, T = 1024 and bf16."""
+
+    def apply(module, function, recurse=True):
+        """`Module._apply`, which swaps fake parameters in place where nothing else refers to them, and fails else."""
+        replaced = {}
+        for part in module.modules():
+            for name, param in part._parameters.items():
+                if param is not None:
+                    if param not in replaced:
+                        replaced[param] = torch.nn.Parameter(function(param.detach()))
+                    part._parameters[name] = replaced[param]
+        return module
+
+    def count(n_layer, batch_size):
+        gpt = GPT(dataclasses.replace(PRESETS["d12"], n_layer=n_layer), ours, init=False)
+        with capture.trace() as tracing:
+            monkeypatch.setattr(torch.nn.Module, "_apply", apply)
+            monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 0.0)  # a fake tensor has none
+            capture.fake_parameters(gpt)
+            x, y = (torch.empty(batch_size, 1024, dtype=torch.int64) for _ in range(2))
+            assert check.check(gpt, x, y, torch.bfloat16, lambda line: None)
+            return tracing.peak_bytes
+
+    return count
+
+
+def test_the_check_of_every_op_at_64_sequences_fits_80_gb(check_peak, monkeypatch):
+    """One layer: what a call holds is freed before the next. Larger slices than its own hold more: fewer are traced."""
+    monkeypatch.setattr(check, "_SLICE_BYTES", 16 * check._SLICE_BYTES)
+    logits = 64 * 1024 * 50257 * 2
+    assert 2 * logits < check_peak(1, 64) < 40e9  # bf16 logits and their gradient are of one call
+
+
+def test_the_check_of_the_network_at_64_sequences_fits_80_gb(ours, check_peak, monkeypatch):
+    """Our kernels take the whole batch, as in training; eager and the truth a sequence, six times as many layers."""
+    monkeypatch.setattr(check, "_compare_ops", lambda *args: None)
+    whole = step.trace_step(PRESETS["d12"], ours).peak_bytes
+    assert max(whole, 6 * check_peak(2, 1)) < 40e9
 
 
 def test_what_is_counted_is_what_autograd_keeps():

@@ -26,8 +26,10 @@ def tokens(B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_op_and_gradient_of_d12(dtype):
     B = 64 if dtype == torch.bfloat16 else 8
     lines: list[str] = []
+    torch.cuda.reset_peak_memory_stats()
     right = check(GPT(PRESETS["d12"], TRITON).cuda(), *tokens(B, 1024), dtype, lines.append)
     assert right, "\n".join(line for line in lines if "OFF" in line)
+    assert torch.cuda.max_memory_allocated() < 60e9
 
 
 def test_a_step_of_d12_has_the_same_bits_each_time():

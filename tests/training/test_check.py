@@ -83,6 +83,14 @@ def test_slices_of_the_batch_make_no_difference(monkeypatch):
     assert report_of(EAGER)[0]
 
 
+def test_a_gradient_that_is_missing_is_named():
+    def forgets(x, weight, bias):
+        return EAGER.layer_norm(x, weight.detach(), bias)
+
+    right, lines = report_of(EAGER._replace(layer_norm=forgets))
+    assert not right and "the first: layer_norm 0 (dweight)" in lines[-1]
+
+
 def test_the_command(tiny, tmp_path, capsys, monkeypatch):
     flags = tiny | {"--device": DEVICE, "--backend": "triton", "--check": 1, "--output_dir": tmp_path / "run"}
     assert train.main(command_line(flags)) == 0
