@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         of[name].add_argument("--minutes", type=float, default=9.0, help="when to stop (default: 9)")
     for name in ("step", "all"):
         of[name].add_argument("--model", default="d12", help="a preset (default: d12)")
-        of[name].add_argument("--batch_size", type=int, default=64, help="B (default: 64)")
+        of[name].add_argument("--batch_size", type=int, help="B (default: 64, then 16, where all fit 80 GB)")
         of[name].add_argument("--sequence_length", type=int, default=1024, help="T (default: 1024)")
         of[name].add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
         of[name].add_argument("--trace", type=Path, help="a file for a Chrome trace of the first variant")
@@ -126,14 +126,18 @@ def time_step(arguments: argparse.Namespace, device, results: Path = RESULTS) ->
         if variant not in step.VARIANTS:
             raise BadInput(f"unknown variant {variant!r}; choose from {', '.join(map(repr, step.VARIANTS))}")
     path = folder(device.gpu, results) / "step.csv"
-    tokens = (arguments.batch_size, arguments.sequence_length)
     dtype = getattr(torch, arguments.dtype)
-    key = {"op": "step", "shape": step.shape_name(arguments.model, tokens), "dtype": arguments.dtype}
-    if arguments.command == "all" and _is_done(path, **key):
-        return
-    rows = step.measure(arguments.model, tokens, dtype, device, variants, chrome_trace=arguments.trace)
-    write(path, rows)
-    _show(rows)
+    batch_sizes = step.BATCH_SIZES if arguments.batch_size is None else [arguments.batch_size]
+    chrome_trace = arguments.trace
+    for batch_size in batch_sizes:
+        tokens = (batch_size, arguments.sequence_length)
+        key = {"op": "step", "shape": step.shape_name(arguments.model, tokens), "dtype": arguments.dtype}
+        if arguments.command == "all" and _is_done(path, **key):
+            continue
+        rows = step.measure(arguments.model, tokens, dtype, device, variants, chrome_trace=chrome_trace)
+        write(path, rows)
+        _show(rows)
+        chrome_trace = None
 
 
 def time_kernels(

@@ -113,7 +113,11 @@ class CudaDevice:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-        return graph.replay
+
+        def replay(captured: Callable = call) -> None:  # kept: it owns the tensors that the graph reads and writes
+            graph.replay()
+
+        return replay
 
 
 class Shape(NamedTuple):

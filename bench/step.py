@@ -1,5 +1,6 @@
 """`python -m bench step`: one training step, with train.py's calls; timed on a GPU, counted on fake tensors."""
 
+import gc
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -108,6 +109,14 @@ def build(variant: Variant, config: GPTConfig, tokens: tuple[int, int], dtype: t
     return device.capture(make_step) if variant.graphed else make_step
 
 
+BATCH_SIZES = (64, 16)
+"""that are timed where none is asked for: a large one, and the largest power of two at which every variant of d12 fits
+an 80 GB card. Eager, the largest, has 150 GB alive at 64, 76 at 32 and 39 at 16 (counted, T = 1024 and bf16)."""
+PASSES = 2
+"""through the variants: one is alive at a time, so they cannot take turns step by step; a clock that drifts widens the
+spread of a row"""
+
+
 def measure(
     preset: str,
     tokens: tuple[int, int],
@@ -117,57 +126,64 @@ def measure(
     seconds: float = 20.0,
     chrome_trace: Path | None = None,
 ) -> list[Row]:
-    """Time the variants in turns, and where the time of each goes.
+    """Time the variants, and where the time of each goes: build one, time it, free it, then the next; in PASSES passes.
 
     Args:
         preset: a name in PRESETS.
         tokens: (B, T).
         dtype: of the matrix products.
         device: whose clock it is.
-        variants: names in VARIANTS; what does not fit together in memory gets a row that says so.
-        seconds: that all steps take together, roughly.
+        variants: names in VARIANTS; one that does not fit in memory, or fails, gets a row that says so.
+        seconds: that all timed steps take together, roughly.
         chrome_trace: where a trace of the first variant goes.
 
     Returns:
         A row for each variant, `percent` being its MFU, and rows of the op "step part" for what it spends where.
     """
-    config, dtype_name = PRESETS[preset], str(dtype).partition(".")[2]
-    steps: dict[str, Callable] = {}
+    config, dtype_name, variants = PRESETS[preset], str(dtype).partition(".")[2], list(variants)
+    times: dict[str, list[float]] = {name: [] for name in variants}
     notes: dict[str, str] = {}
-    for name in variants:
-        before, _ = device.allocated(), device.peak_bytes()
-        try:
-            steps[name] = build(VARIANTS[name], config, tokens, dtype, device)
-            for _ in range(2):
-                steps[name]()
-            notes[name] = f"peak {(device.peak_bytes() - before) / 1e9:.1f} GB"
-        except Exception as error:
-            steps.pop(name, None)
-            notes[name] = in_a_line("failed", error)
+    parts: dict[str, dict[str, float]] = {}
 
-    def caller(make_step: Callable) -> Callable:
+    def time_variant(name: str, last: bool) -> None:
+        """Everything that the variant needs lives in this frame."""
+        before, _ = device.allocated(), device.peak_bytes()
+        make_step = build(VARIANTS[name], config, tokens, dtype, device)
+
         def call(i: int) -> tuple:
             start = device.mark()
             make_step()
             return start, device.mark()
 
-        return call
+        share = seconds / PASSES / len(variants)
+        timed, failures = time_in_turns(device, {name: call}, share, hold=False)  # a step's time has the host's in it
+        notes[name] = failures.get(name, f"peak {(device.peak_bytes() - before) / 1e9:.1f} GB")
+        times[name] = times[name] + timed[name] if name in timed else []
+        if last and name in timed:
+            trace_file = None if parts else chrome_trace
+            parts[name] = where_time_goes(make_step, percentile(timed[name], 50), device, trace_file)
 
-    times, failures = time_in_turns(device, {name: caller(call) for name, call in steps.items()}, seconds)
+    for last in [False] * (PASSES - 1) + [True]:
+        for name in variants:
+            if name in notes and not times[name]:
+                continue  # it failed in the pass before
+            try:
+                time_variant(name, last)
+            except Exception as error:
+                times[name], notes[name] = [], in_a_line("failed", error)
+            torch.compiler.reset()  # it holds what it compiled
+            gc.collect()
+
     flops = flops_per_token(config, tokens[1]) * tokens[0] * tokens[1]
     peak = peak_flops(device.gpu, dtype_name, 0)
     shape, rows = shape_name(preset, tokens), []
     for name in variants:
-        row = Row("step", "both", name, shape, dtype_name, flops=flops, note=failures.get(name, notes[name]))
-        row = row.with_(**provenance(device))
-        if name in times:
+        row = Row("step", "both", name, shape, dtype_name, flops=flops, note=notes[name], **provenance(device))
+        for part, milliseconds in parts.get(name, {}).items():
+            rows.append(row.with_(op="step part", direction=part, p50=milliseconds))
+        if times[name]:
             row = row.with_(**{f"p{percent}": percentile(times[name], percent) for percent in (20, 50, 80)})
             row = row.with_(percent=1e5 * flops / row.p50 / peak if peak else None)
-            for part, milliseconds in where_time_goes(steps[name], row.p50, device, chrome_trace).items():
-                rows.append(
-                    row.with_(op="step part", direction=part, p20=None, p50=milliseconds, p80=None, percent=None)
-                )
-            chrome_trace = None
         rows.append(row)
     return rows
 

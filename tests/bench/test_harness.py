@@ -1,7 +1,11 @@
 """The timed code, on a device whose clock counts."""
 
+import contextlib
+import gc
 import itertools
+import weakref
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -190,6 +194,23 @@ def test_a_host_that_is_late_is_noted(device):
     assert times["in time"] == approx([1.0] * n_rounds)
     assert max(times["late"]) > 5  # what was timed is the host
     assert not time_in_turns(device, calls, seconds=0.1, hold=False)[1]  # who times the host is told nothing
+
+
+def test_a_graph_keeps_what_it_reads_and_writes(monkeypatch):
+    """Only names of torch.cuda are replaced: a CUDA graph holds addresses, and no tensor."""
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda of: contextlib.nullcontext())
+    network = torch.nn.Linear(2, 2)
+    alive = weakref.ref(network)
+    replay = harness.CudaDevice.capture(None, lambda network=network: None)
+    del network
+    gc.collect()
+    assert alive()
+    del replay
+    gc.collect()
+    assert not alive()
 
 
 def test_inputs_rotate_through_more_than_the_cache(device, toy):

@@ -120,6 +120,9 @@ def test_the_step_is_written_and_not_measured_twice(device, tmp_path, monkeypatc
         cli.time_step(arguments, device, tmp_path)
     assert calls == [("d12", (2, 8), torch.bfloat16, list(step.VARIANTS))]
     assert len(read(tmp_path / "nvidia-fake-1" / "step.csv")) == 1
+    calls.clear()
+    cli.time_step(cli.parser().parse_args(["all"]), device, tmp_path)
+    assert [tokens for _, tokens, _, _ in calls] == [(B, 1024) for B in step.BATCH_SIZES]
     with pytest.raises(cli.BadInput, match="unknown variant 'fast'"):
         cli.time_step(cli.parser().parse_args(["step", "fast"]), device, tmp_path)
 

@@ -1,6 +1,7 @@
 """The timed training step, on the CPU with a clock that counts."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def steps(device, monkeypatch):
 
 
 @needs_interpreter  # test_gpu.py times them on a GPU
-def test_every_variant_makes_steps(steps):
+def test_every_variant_makes_steps(steps, monkeypatch):
+    monkeypatch.setattr(step, "PASSES", 1)
     rows = {row.peer: row for row in steps(*step.VARIANTS) if row.op == "step"}
     assert list(rows) == list(step.VARIANTS)
     for row in rows.values():
@@ -62,6 +64,66 @@ def test_a_variant_that_does_not_fit_is_noted(steps, monkeypatch):
     rows = {row.peer: row for row in steps("eager", "eager + SDPA") if row.op == "step"}
     assert (rows["eager + SDPA"].p50, rows["eager + SDPA"].note) == (None, "out of memory")
     assert rows["eager"].p50
+
+
+def test_one_network_is_alive_at_a_time(steps, monkeypatch):
+    """That of a variant that fails too, which does not stop the others and is not built again."""
+    alive, most_alive = weakref.WeakSet(), []
+    network, training_step = step.GPT, step.training_step
+
+    def counted(*args):
+        gpt = network(*args)
+        alive.add(gpt)
+        most_alive.append(len(alive))
+        return gpt
+
+    def out_of_memory(model, gpt, *args):
+        if gpt.ops is step.EAGER_SDPA:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return training_step(model, gpt, *args)
+
+    monkeypatch.setattr(step, "GPT", counted)
+    monkeypatch.setattr(step, "training_step", out_of_memory)
+    rows = {row.peer: row for row in steps("eager", "eager + SDPA", "compile") if row.op == "step"}
+    assert most_alive == [1] * (2 * step.PASSES + 1) and not alive
+    assert (rows["eager + SDPA"].p50, rows["eager + SDPA"].note) == (None, "out of memory")
+    assert [rows[name].p50 for name in ("eager", "compile")] == pytest.approx([7.0, 7.0], rel=1e-4)
+
+
+def test_a_drift_of_the_clock_meets_every_variant(steps, device, monkeypatch):
+    original = step.build
+    built = []
+
+    def slower(*args):
+        built.append(args)
+        make_step = original(*args)
+        return lambda: device.pass_time(7.0 if len(built) > 2 else 0.0) or make_step()
+
+    monkeypatch.setattr(step, "build", slower)
+    rows = [row for row in steps("eager", "eager + SDPA") if row.op == "step"]
+    assert [(row.p20, row.p50, row.p80) for row in rows] == [pytest.approx((7.0, 10.5, 14.0), rel=1e-4)] * 2
+
+
+def test_a_variant_that_fails_late_has_no_time(steps, monkeypatch):
+    original = step.build
+    built = []
+
+    def build(*args):
+        built.append(args)
+        if len(built) > 1:
+            raise RuntimeError("no luck")
+        return original(*args)
+
+    monkeypatch.setattr(step, "build", build)
+    (row,) = steps("eager")
+    assert (row.p50, row.note) == (None, "failed: RuntimeError: no luck")
+
+
+def test_every_variant_fits_80_gb_at_the_smaller_batch_and_not_at_the_next():
+    """Eager has more alive than SDPA and than our kernels. A tenth is for the driver and what is cut in pieces."""
+    large, small = step.BATCH_SIZES
+    peaks = [step.trace_step(step.PRESETS["d12"], step.EAGER, B).peak_bytes for B in (small, 2 * small)]
+    assert peaks[0] < 72e9 < peaks[1] and large > small
 
 
 def test_what_no_kernel_accounts_for_is_idle(steps, tmp_path):
