@@ -3,8 +3,14 @@ lines on the screen."""
 
 import atexit
 import contextlib
+import errno
 import os
+import secrets
+import shutil
+import signal
+import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -15,8 +21,18 @@ except ImportError:  # Windows
     fcntl = None
 
 
+PART = ".part"
+"""Ending of a hidden file or folder that is still being written."""
+UNFINISHED = ".unfinished"
+"""Folder inside an output folder where work waits that the same command resumes."""
+
+
 class BadInput(Exception):
     """Input that cannot be used. The message is one line that names the flag or the file and says what to do."""
+
+
+class Stopped(BaseException):
+    """A signal asked the program to end. The message is one line."""
 
 
 @contextlib.contextmanager
@@ -28,6 +44,34 @@ def exit_on_bad_input(program: str) -> Iterator[None]:
         rank = f" [rank {os.environ['RANK']}]" if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1" else ""
         tell(f"{program}{rank}: {' '.join(str(error).split())}", sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def exit_on_signal(program: str) -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into Stopped, so that unfinished files are removed on the way out; then print one
+    line and exit with 128 + the signal's number. For the main thread."""
+    received = []
+
+    def stop(number, frame):
+        for each in handlers:
+            signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the removal
+        received.append(number)
+        raise Stopped(f"stopped by {signal.Signals(number).name}")
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    # What is ignored stays so: SIGHUP under nohup, SIGINT in the background.
+    handlers = {number: old for number, old in handlers.items() if old not in (signal.SIG_IGN, None)}
+    try:
+        for number in handlers:
+            signal.signal(number, stop)
+        yield
+    except Stopped as stopped:
+        print(f"{program}: {stopped}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + received[0]) from None
+    finally:
+        for number, old in handlers.items():
+            signal.signal(number, old)
 
 
 @contextlib.contextmanager
@@ -51,16 +95,133 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         BadInput: the operating system refused, for example because the disk is full.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # A name that nobody else has: process numbers repeat between containers, and could be guessed.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PART}")
     with write_errors(path):
+        file = open(part, "xb")  # noqa: SIM115 (closed below); "x" neither takes what is there nor follows a link
         try:
-            with open(part, "wb") as file:
+            with file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-        finally:
+        except BaseException:
             part.unlink(missing_ok=True)
+            raise
+
+
+def refuse_if_occupied(folder: Path, flag: str = "--output_dir", resumable: bool = False) -> None:
+    """Raise BadInput unless `folder` is not there yet, or is empty.
+
+    What killed processes left under hidden names counts as nothing, and so does the lost+found of a mounted disk.
+
+    Args:
+        folder: where something is about to be written.
+        flag: what named it, for the message.
+        resumable: whether unfinished work counts as nothing too.
+    """
+    with write_errors(f"{flag} {folder}"):  # it may not even be looked at
+        if folder.is_dir():
+            names = [name for name in os.listdir(folder) if not _is_part(name) and name != "lost+found"]
+            if names == [UNFINISHED] and not resumable:
+                raise BadInput(
+                    f"{flag} {folder} holds unfinished work of another command in {UNFINISHED}; give that command "
+                    "again, or name a new folder"
+                )
+            if set(names) - {UNFINISHED}:
+                raise BadInput(f"{flag} {folder} is not empty; name a new folder, so that nothing is overwritten")
+        elif os.path.lexists(folder):
+            raise BadInput(f"{flag} {folder} is a file; name a folder")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, flag: str = "--output_dir", state: str | None = None) -> Iterator[Path]:
+    """Give a folder to write into, whose files appear in `path` together once the block has ended.
+
+    A new `path` is one rename of a folder that was filled beside it. An empty folder may be a mount point, which
+    cannot be renamed over: it is held against other processes and filled from a hidden folder inside it, in reverse
+    alphabetical order, so that train_000000.bin or config.json comes last. If anything goes wrong, all that was made
+    here is removed, and nothing else.
+
+    Args:
+        path: a folder that is not there yet, or is empty.
+        flag: what named it, for messages.
+        state: name of a file that makes the work resumable. Once it is in the given folder, a failure leaves
+            everything, and the next call for the same `path` gives that folder again. It does not appear in `path`.
+
+    Raises:
+        BadInput: `path` holds something, another process fills it, or it cannot be written.
+    """
+    refuse_if_occupied(Path(path), flag, bool(state))
+    path = Path(path).resolve()
+    with contextlib.ExitStack() as held:
+        with write_errors(path):
+            for folder in [folder for folder in (path, *path.parents) if not folder.exists()][::-1]:
+                held.callback(_remove_if_empty, folder)
+            (path if state else path.parent).mkdir(parents=True, exist_ok=True)
+        in_place = path.is_dir()
+        if in_place:
+            with write_errors(path):
+                held.enter_context(exclusive(path, flag))
+            refuse_if_occupied(path, flag, bool(state))  # another process may have filled it before it was held
+        with write_errors(path):
+            if state:
+                outer = part = path / UNFINISHED
+                _make_own_folder(part)
+            else:
+                outer = Path(tempfile.mkdtemp(PART, f".{path.name}.", path if in_place else path.parent))
+                part = outer / path.name
+        held.callback(_remove_unless, outer, state)
+        with write_errors(path):
+            part.mkdir(exist_ok=bool(state))  # with everybody's usual permissions; only the one around it is private
+        yield part
+        with write_errors(path):
+            if in_place:
+                _move_contents(part, path, state)
+            else:
+                os.rename(part, path)
+
+
+def _is_part(name: str) -> bool:
+    return name.startswith(".") and name.endswith(PART)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _remove_unless(folder: Path, state: str | None) -> None:
+    """Remove a folder that this process made, unless its work can be resumed."""
+    if not (state and (folder / state).exists()):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_own_folder(folder: Path) -> None:
+    """Make a folder that only this user can write to, or accept the one that an earlier process made."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    own = found.st_uid == os.geteuid() if hasattr(os, "geteuid") else True  # Windows
+    if not (stat.S_ISDIR(found.st_mode) and own and not found.st_mode & 0o022):
+        raise BadInput(f"{folder} is no folder that only you can write to; remove it, or name another folder")
+
+
+def _move_contents(part: Path, path: Path, state: str | None) -> None:
+    """Rename all of `part` but the state into `path`, in reverse alphabetical order: everything or nothing."""
+    names = sorted((name for name in os.listdir(part) if name != state and not _is_part(name)), reverse=True)
+    try:
+        for name in names:
+            if os.path.lexists(path / name):
+                raise FileExistsError(errno.EEXIST, f"{name} is there already")
+            os.rename(part / name, path / name)
+        if state:
+            (part / state).unlink()
+    except BaseException:
+        for name in names:
+            if not os.path.lexists(part / name):
+                os.rename(path / name, part / name)
+        raise
 
 
 @contextlib.contextmanager

@@ -15,9 +15,19 @@ from statistics import mean as average
 
 import torch
 
-from common import BadInput, atomic_write, exclusive, exit_on_bad_input, lenient_streams, tell, write_errors
+from common import (
+    BadInput,
+    atomic_write,
+    exclusive,
+    exit_on_bad_input,
+    lenient_streams,
+    refuse_if_occupied,
+    tell,
+    write_errors,
+)
 from data.loader import ShardLoader
-from data.prepare import prepare_pydoc, refuse_if_occupied
+from data.prepare import prepare_pydoc
+from data.shards import shard_pattern
 from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding, token_bytes
 from kernels import ops
 from model import llmc
@@ -347,8 +357,8 @@ def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoad
     if config.input_bin is None:
         distributed.on_main(world, prepare_pydoc)
         folder = prepare_pydoc()
-        val = str(folder / "val_*.bin") if config.input_val_bin is None else config.input_val_bin
-        config = dataclasses.replace(config, input_bin=str(folder / "train_*.bin"), input_val_bin=val)
+        val = shard_pattern(folder, "val") if config.input_val_bin is None else config.input_val_bin
+        config = dataclasses.replace(config, input_bin=shard_pattern(folder, "train"), input_val_bin=val)
 
     def loader(pattern: str, shuffle_seed: int | None = None) -> ShardLoader:
         return ShardLoader(
@@ -363,7 +373,11 @@ def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoad
         )
 
     train_loader = loader(config.input_bin, SEED if config.shuffle else None)
-    return config, train_loader, loader(config.input_val_bin) if config.input_val_bin else None
+    val_loader = loader(config.input_val_bin) if config.input_val_bin else None
+    for repeated in (train_loader.repeated(), train_loader.repeated(val_loader) if val_loader else None):
+        if repeated:
+            say(world, f"warning: {repeated}")
+    return config, train_loader, val_loader
 
 
 def run_facts(config: Config, world: World, gpt: GPT) -> dict:

@@ -60,12 +60,14 @@ class ShardLoader:
         self.vocab_size = vocab_size
         self.shuffle_seed = shuffle_seed
         self.files = find_shards(pattern)
-        self._lengths, ends = [], hashlib.sha256()
+        self._lengths, self._ends, digest = [], [], hashlib.sha256()
         for path in self.files:
             tokens = open_shard(path)
             self._lengths.append(len(tokens))
-            ends.update(tokens[:END].tobytes() + tokens[-END:].tobytes())
-        self._digest = ends.hexdigest()
+            ends = tokens[:END].tobytes() + tokens[-END:].tobytes()
+            self._ends.append(hashlib.sha256(ends).digest())
+            digest.update(ends)
+        self._digest = digest.hexdigest()
         self.total_tokens = sum(self._lengths)
         needed, unit = self._stride + 1, "ranks * batch_size * sequence_length"
         if self._shuffled:
@@ -84,6 +86,26 @@ class ShardLoader:
         self._sequences = np.array([(length - 1) // sequence_length for length in self._lengths])
         self.reset()
         self._open(int(self._order(0)[0]))
+
+    def repeated(self, other: "ShardLoader | None" = None) -> str | None:
+        """Which shards are there twice, in one line: in this loader alone, or here and in `other` too.
+
+        Two shards are the same if they have the same length and the same tokens at both ends, so that links and copies
+        are found as well as a file that two globs match.
+        """
+        what = "are in --input_bin and in --input_val_bin: the validation loss is of tokens that are trained on"
+        if other is None:
+            what = "have the same tokens as shards before them, and are read as well"
+        known = set(zip(other._lengths, other._ends, strict=True)) if other else set()
+        files = []
+        for file, *shard in zip(self.files, self._lengths, self._ends, strict=True):
+            if tuple(shard) in known:
+                files.append(file)
+            if other is None:
+                known.add(tuple(shard))
+        if not files:
+            return None
+        return f"{', '.join(files[:3])}{f' and {len(files) - 3} more' if files[3:] else ''} {what}"
 
     @property
     def _stride(self) -> int:

@@ -1,10 +1,12 @@
 """From text to shards: `python -m data.prepare CORPUS`.
 
 Documents come as a stream, each starts with end-of-text, and at most one shard of tokens is in memory. The first
-tokens of the stream go to validation, as llm.c does it. The folder appears once it is complete.
+tokens of the stream go to validation, as llm.c does it. The folder appears once it is complete. FineWeb takes hours, so
+its finished shards outlast a failure, and the same command resumes behind them.
 """
 
 import argparse
+import codecs
 import contextlib
 import http.client
 import itertools
@@ -12,24 +14,39 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import random
-import shutil
+import shlex
+import signal
+import stat
 import sys
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
-from common import BadInput, exit_on_bad_input, lenient_streams, write_errors
-from data.shards import write_shard
+from common import (
+    BadInput,
+    Stopped,
+    atomic_folder,
+    atomic_write,
+    exit_on_bad_input,
+    exit_on_signal,
+    lenient_streams,
+)
+from data.shards import find_shards, open_shard, shard_pattern, write_shard
 from data.tokenizer import END_OF_TEXT, gpt2_encoding
 
 SHARDS = Path(__file__).parent / "shards"
 SHARD_TOKENS = 100_000_000
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+TEXT_SUFFIXES = (".txt", ".md", *LINES_SUFFIXES)
 TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 PYDOC_VAL_TOKENS = 20 * 1024 + 1  # what 20 validation batches of 8 × 128 read
@@ -39,8 +56,19 @@ TEXT_VAL_TOKENS = 32_768  # at most; a small corpus gives a tenth of itself
 DOCUMENTS_A_TASK = 64
 TASKS_A_WORKER = 4
 
+STATE = "state.json"
+"""How far an interrupted preparation came; see `_Progress`."""
+DEFAULT_BATCH, DEFAULT_LENGTH, DEFAULT_TOKENS = 8, 128, 4096
+"""B and T of train.py's defaults on a CPU, and the largest B·T of its defaults, on a GPU"""
 
-def pydoc_documents() -> list[str]:
+
+class Document(NamedTuple):
+    name: str
+    """where it comes from, for messages"""
+    text: str
+
+
+def pydoc_documents() -> list[Document]:
     """The topics of Python's language reference, which every CPython carries, in an order that mixes them.
 
     Validation takes the first tokens, so alphabetical order would validate on other words than it trains on.
@@ -49,41 +77,95 @@ def pydoc_documents() -> list[str]:
 
     names = sorted(topics)
     random.Random(42).shuffle(names)
-    return [topics[name] for name in names]
+    return [Document(f"the topic {name}", topics[name]) for name in names]
 
 
-def text_documents(paths: list[str], field: str) -> Iterator[str]:
-    """One document a text file, one a line of a .jsonl file; folders are searched; "-" is standard input.
+def text_documents(paths: list[str], field: str, left_out: Counter[str]) -> Iterator[Document]:
+    """One document a text file, one a line of a .jsonl or .ndjson file, one a record of a .json file; folders are
+    searched; "-" is standard input.
+
+    In a folder, hidden files and folders, links and files of other endings are left out; a link could lead anywhere.
+    A file that is met twice is read once.
 
     Args:
         paths: files, folders, or "-".
-        field: name of the text in a line of .jsonl.
+        field: name of the text in a record of JSON.
+        left_out: counts what is not read, by its kind.
 
     Raises:
-        BadInput: a path is not there or holds no text; a line is no JSON, or lacks the field.
+        BadInput: a path is not there or holds no text; a record is no JSON, or lacks the field.
     """
+    seen: set[tuple[int, int]] = set()
     for path in paths:
         if path == "-":
-            yield _decode(sys.stdin.buffer.read(), "standard input")
+            text = _decode(sys.stdin.buffer.read(), "standard input")
+            _refuse_json(text, "standard input")
+            yield Document("standard input", text)
             continue
         root = Path(path)
         if not os.path.exists(root):
             raise BadInput(f"{path}: no such file or folder; give paths of text, or - for standard input")
-        files = [root]
-        if root.is_dir():
-            files = sorted(file for file in root.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-            if not files:
-                raise BadInput(
-                    f"{path}: no file below it ends in {', '.join(TEXT_SUFFIXES)}; name the files themselves"
-                )
+        in_folder = root.is_dir()
+        files = _text_files(root, left_out) if in_folder else [root]
+        if not files:
+            endings = ", ".join(TEXT_SUFFIXES)
+            raise BadInput(f"{path}: no file below it ends in {endings}{_told(left_out)}; name the files themselves")
         for file in files:
-            if file.suffix == ".jsonl":
-                yield from _json_lines(file, field)
+            with _opened(file, follow=not in_folder) as opened:
+                status = os.fstat(opened.fileno())
+                if stat.S_ISREG(status.st_mode):
+                    if (status.st_dev, status.st_ino) in seen:
+                        left_out["given twice"] += 1
+                        continue
+                    seen.add((status.st_dev, status.st_ino))
+                suffix = file.suffix.lower()
+                if suffix in LINES_SUFFIXES:
+                    yield from _json_lines(opened, file, field)
+                elif suffix == ".json":
+                    yield from _json_records(opened, file, field)
+                else:
+                    text = _decode(opened.read(), file)
+                    if suffix not in TEXT_SUFFIXES:
+                        _refuse_json(text, file)
+                    yield Document(str(file), text)
+
+
+def _text_files(root: Path, left_out: Counter[str]) -> list[Path]:
+    """The text files below a folder in sorted order; what else is there is counted."""
+
+    def unreadable(error: OSError) -> None:
+        left_out["folders that cannot be read"] += 1
+
+    files = []
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
+        for name in [*subfolders, *names]:
+            path = Path(folder, name)
+            ending = "".join(c if c.isprintable() else "?" for c in path.suffix.lower())
+            if name.startswith("."):
+                left_out["hidden"] += 1
+            elif path.is_symlink():
+                left_out["links"] += 1
+            elif name in subfolders:
+                continue
+            elif ending not in TEXT_SUFFIXES:
+                left_out[f"ending in {ending}" if ending else "without an ending"] += 1
+            elif not path.is_file():
+                left_out["no regular files"] += 1
             else:
-                yield _decode(_read(file), file)
+                files.append(path)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # links are not followed anyway
+    return sorted(files)
 
 
-def tinyshakespeare_documents() -> Iterator[str]:
+def _told(left_out: Counter[str]) -> str:
+    """What was not read, in parentheses."""
+    kinds = [f"{n} {kind}" for kind, n in left_out.most_common()]
+    if kinds[10:]:
+        kinds[10:] = [f"{sum(n for _, n in left_out.most_common()[10:])} others"]
+    return f" (not read: {', '.join(kinds)})" if kinds else ""
+
+
+def tinyshakespeare_documents() -> Iterator[Document]:
     """The speeches of tiny Shakespeare, fetched from the network, cut at blank lines as llm.c does it.
 
     Raises:
@@ -98,15 +180,16 @@ def tinyshakespeare_documents() -> Iterator[str]:
             "by other means and give it to: python -m data.prepare text FILE"
         ) from error
     speeches = text.split("\n\n")
-    yield from (speech + "\n\n" for speech in speeches[:-1])
-    yield speeches[-1]
+    for number, speech in enumerate(speeches, start=1):
+        yield Document(f"speech {number}", speech + ("\n\n" if number < len(speeches) else ""))
 
 
-def fineweb_documents(sample: str) -> Iterator[str]:
+def fineweb_documents(sample: str, skip: int = 0) -> Iterator[Document]:
     """Web pages of FineWeb (Penedo et al. 2024, https://arxiv.org/abs/2406.17557), streamed from the network.
 
     Args:
         sample: "10B" or "100B", how many tokens it holds.
+        skip: pages at the start that are left out.
 
     Raises:
         BadInput: the library is not installed, or the hub cannot be reached.
@@ -117,8 +200,8 @@ def fineweb_documents(sample: str) -> Iterator[str]:
         raise BadInput("fineweb needs the library datasets: pip install -e '.[datasets]'") from error
     try:
         pages = datasets.load_dataset("HuggingFaceFW/fineweb", name=f"sample-{sample}T", split="train", streaming=True)
-        for page in pages:
-            yield page["text"]
+        for number, page in enumerate(pages.skip(skip) if skip else pages, start=skip + 1):
+            yield Document(f"page {number} of FineWeb", page["text"])
     except Exception as error:  # whatever the HTTP client of the day raises, at the start or on the way
         raise BadInput(
             f"fineweb cannot be fetched from Hugging Face's hub ({str(error) or type(error).__name__}); check the "
@@ -127,7 +210,7 @@ def fineweb_documents(sample: str) -> Iterator[str]:
 
 
 def prepare(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     output_dir: Path,
     val_tokens: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
@@ -137,7 +220,7 @@ def prepare(
 
     Args:
         documents: texts; each becomes end-of-text and its tokens.
-        output_dir: a folder that is not there yet, or is empty. It appears once everything in it is complete.
+        output_dir: a folder that is not there yet, or is empty. The shards appear in it once all are complete.
         val_tokens: how many tokens, from the start of the stream, go to validation; None for a tenth of the corpus,
             at most 32,768.
         shard_tokens: tokens a shard; the last one of each kind holds the rest.
@@ -147,161 +230,383 @@ def prepare(
         Number of tokens of each kind: {"val": ..., "train": ...}.
 
     Raises:
-        BadInput: the folder holds something, cannot be written, or the corpus leaves nothing to train on.
+        BadInput: the folder holds something, cannot be written, a document cannot be tokenised, or the corpus leaves
+            nothing to train on.
     """
-    refuse_if_occupied(output_dir)
-    output_dir = output_dir.resolve()
-    part = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.part")
-    new_parents = [parent for parent in output_dir.parents if not parent.exists()]
-    try:
-        with write_errors(output_dir):
-            part.mkdir(parents=True)
-        stream = _TokenStream(_tokenise(documents, workers))
+    with atomic_folder(output_dir) as folder, contextlib.closing(_tokenise(documents, workers)) as tokenised:
+        stream = _TokenStream(tokenised)
         if val_tokens is None:
             val_tokens = min(TEXT_VAL_TOKENS, stream.hold(10 * TEXT_VAL_TOKENS) // 10)
-        counts = {
-            "val": _write_shards(stream, part, "val", shard_tokens, val_tokens),
-            "train": _write_shards(stream, part, "train", shard_tokens, None),
-        }
-        if counts["train"] == 0:
-            raise BadInput(
-                f"the corpus has {counts['val']} tokens and --val_tokens takes {val_tokens} of them: none is left to "
-                "train on; give more text or a smaller --val_tokens"
-            )
-        with write_errors(output_dir):
-            os.rename(part, output_dir)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        with contextlib.suppress(OSError):  # they stay where the folder is in them
-            for parent in new_parents:
-                parent.rmdir()
+        counts = {"val": 0, "train": 0}
+        _write_shards(stream, folder, counts, val_tokens, shard_tokens)
     return counts
+
+
+def prepare_resumably(
+    corpus: str,
+    documents_behind: Callable[[int], Iterable[Document]],
+    output_dir: Path,
+    val_tokens: int,
+    shard_tokens: int = SHARD_TOKENS,
+    workers: int = 1,
+) -> dict[str, int]:
+    """As `prepare`, but finished shards outlast a failure, and the same call resumes behind them.
+
+    Until all shards are complete they are in a hidden folder inside `output_dir`.
+
+    Args:
+        corpus: its name; a call with another one does not resume.
+        documents_behind: gives the documents behind so many at the start, the same at every call.
+
+    Raises:
+        BadInput: as `prepare`; or the unfinished work there is of other settings, damaged, or of another corpus.
+    """
+    settings = {"corpus": corpus, "val_tokens": val_tokens, "shard_tokens": shard_tokens}
+    with atomic_folder(output_dir, state=STATE) as folder:
+        progress = _Progress.read(folder, settings)
+        counts = {"val": progress.val, "train": progress.train}
+        documents = documents_behind(progress.documents)
+        try:
+            with contextlib.closing(_tokenise(documents, workers)) as tokenised:
+                stream = _TokenStream(tokenised, progress.documents)
+                if any(counts.values()):
+                    print(f"resuming behind {sum(counts.values()):,} tokens that are finished", flush=True)
+                    _skip(stream, progress.tokens, folder, "train" if counts["train"] else "val")
+
+                def finished_one() -> None:
+                    _Progress(settings, stream.documents, stream.tokens, **counts).write(folder)
+
+                _write_shards(stream, folder, counts, val_tokens, shard_tokens, finished_one)
+        except (BadInput, Stopped) as error:
+            if any(counts.values()):
+                error.args = (f"{error}; the finished shards stay, and the same command resumes behind them",)
+            raise
+    return counts
+
+
+class _Progress(NamedTuple):
+    """What an interrupted preparation needs to go on: state.json."""
+
+    settings: dict[str, Any]
+    """what it must have in common with the call that resumes it"""
+    documents: int
+    """documents at the start whose tokens are all in finished shards"""
+    tokens: int
+    """tokens of the documents behind those that are in finished shards too"""
+    val: int
+    """tokens in finished shards of each kind"""
+    train: int
+
+    @classmethod
+    def read(cls, folder: Path, settings: dict[str, Any]) -> "_Progress":
+        """What the folder says, held against its shards; shards that it does not speak of are removed."""
+        path = folder / STATE
+        if not path.exists():
+            found = cls(settings, 0, 0, 0, 0)
+        else:
+            again = f"remove {folder} to start again"
+            try:
+                found = cls(**json.loads(path.read_bytes()))
+                if not all(type(n) is int and n >= 0 for n in found[1:]) or not isinstance(found.settings, dict):
+                    raise ValueError("a value that is no count")
+            except (OSError, ValueError, TypeError, RecursionError) as error:
+                raise BadInput(f"{path} cannot be used ({error}); {again}") from error
+            for name, value in settings.items():
+                there = found.settings.get(name)
+                if there != value:
+                    raise BadInput(
+                        f"{folder} holds unfinished shards of {name} {there!r}, and this command has {value!r}; give "
+                        f"that, name another --output_dir, or {again}"
+                    )
+        known = set()
+        for kind in ("val", "train"):
+            left = getattr(found, kind)
+            for index in range(-(-left // settings["shard_tokens"])):
+                path = _shard_path(folder, kind, index)
+                left -= len(open_shard(path))
+                known.add(path)
+            if left:
+                raise BadInput(f"{folder}: its shards have other lengths than its {STATE} says; {again}")
+        for path in folder.glob("*_*.bin"):
+            if path not in known:
+                path.unlink()
+        return found
+
+    def write(self, folder: Path) -> None:
+        with atomic_write(folder / STATE) as file:
+            file.write(json.dumps(self._asdict()).encode())
+
+
+def _skip(stream: "_TokenStream", n_tokens: int, folder: Path, kind: str) -> None:
+    """Leave out the tokens that the last finished shard has already, and see that they are the same."""
+    skipped = stream.take(n_tokens)
+    last = open_shard(find_shards(shard_pattern(folder, kind))[-1])
+    n = min(len(last), n_tokens)
+    if len(skipped) < n_tokens or not np.array_equal(skipped[n_tokens - n :], last[len(last) - n :]):
+        raise BadInput(f"the corpus is another than the one in {folder}; remove that to start again")
 
 
 def prepare_pydoc() -> Path:
     """The folder of the embedded corpus, prepared if this is the first time. Several processes may ask at once."""
     folder = SHARDS / f"pydoc-{sys.version_info.major}.{sys.version_info.minor}"
-    if not folder.exists():
+    complete = _shard_path(folder, "train", 0)  # the last to appear
+    if not complete.exists():
         try:
             counts = prepare(pydoc_documents(), folder, PYDOC_VAL_TOKENS)
             print(
                 f"tokenised Python's language reference into {folder}: {counts['train']:,} + {counts['val']:,} tokens"
             )
         except BadInput:
-            if not folder.exists():  # otherwise another process was faster
+            if not complete.exists():  # otherwise another process was faster
                 raise
     return folder
 
 
-def refuse_if_occupied(output_dir: Path) -> None:
-    """Raise BadInput unless `output_dir` is not there yet, or is an empty folder."""
-    with write_errors(f"--output_dir {output_dir}"):  # it may not even be looked at
-        if output_dir.is_dir():
-            if any(output_dir.iterdir()):
-                raise BadInput(
-                    f"--output_dir {output_dir} is not empty; name a new folder, so that nothing is overwritten"
-                )
-        elif os.path.lexists(output_dir):
-            raise BadInput(f"--output_dir {output_dir} is a file; name a folder")
-
-
 class _TokenStream:
-    """Tokens of documents, taken in pieces of any size."""
+    """Tokens of documents, taken in pieces of any size.
 
-    def __init__(self, arrays: Iterator[np.ndarray]):
-        self._arrays = arrays
-        self._held: list[np.ndarray] = []
+    Args:
+        tokenised: numbers of documents, each with the tokens of so many.
+        documents: how many documents are before them.
+    """
+
+    def __init__(self, tokenised: Iterator[tuple[int, np.ndarray]], documents: int = 0):
+        self._tokenised = tokenised
+        self._held: deque[tuple[int, np.ndarray]] = deque()
         self._n_held = 0
+        # The position: documents whose tokens were all taken, and tokens taken of those behind.
+        self.documents, self.tokens = documents, 0
 
     def hold(self, n_tokens: int) -> int:
         """Read on until so many tokens are held or the stream ends; return how many are held."""
         while self._n_held < n_tokens:
-            array = next(self._arrays, None)
-            if array is None:
+            held = next(self._tokenised, None)
+            if held is None:
                 break
-            self._held.append(array)
-            self._n_held += len(array)
+            self._held.append(held)
+            self._n_held += len(held[1])
         return self._n_held
 
     def take(self, n_tokens: int) -> np.ndarray:
         """The next n_tokens, or what is left of them."""
-        self.hold(n_tokens)
-        tokens = np.concatenate(self._held) if self._held else np.zeros(0, np.uint16)
-        self._held, self._n_held = [tokens[n_tokens:]], max(0, len(tokens) - n_tokens)
-        return tokens[:n_tokens]
+        left = min(n_tokens, self.hold(n_tokens))
+        pieces = [np.zeros(0, np.uint16)]
+        while left:
+            n_documents, tokens = self._held[0]
+            pieces.append(tokens[self.tokens : self.tokens + left])
+            left -= len(pieces[-1])
+            self._n_held -= len(pieces[-1])
+            self.tokens += len(pieces[-1])
+            if self.tokens == len(tokens):
+                self._held.popleft()
+                self.documents, self.tokens = self.documents + n_documents, 0
+        return np.concatenate(pieces)
 
 
-def _write_shards(stream: _TokenStream, folder: Path, kind: str, shard_tokens: int, n_tokens: int | None) -> int:
-    """Write up to n_tokens (None: all that are left) as shards of one kind; return how many there were."""
-    done = 0
-    for index in itertools.count():
-        tokens = stream.take(shard_tokens if n_tokens is None else min(shard_tokens, n_tokens - done))
-        if len(tokens) == 0:
-            return done
-        write_shard(folder / f"{kind}_{index:06d}.bin", tokens)
-        done += len(tokens)
+def _shard_path(folder: Path, kind: str, index: int) -> Path:
+    return folder / f"{kind}_{index:06d}.bin"
 
 
-def _tokenise(documents: Iterable[str], workers: int) -> Iterator[np.ndarray]:
-    """Tokens of the documents in order, with a progress bar on a terminal."""
+def _write_shards(
+    stream: _TokenStream,
+    folder: Path,
+    counts: dict[str, int],
+    val_tokens: int,
+    shard_tokens: int,
+    finished_one: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the stream as shards of both kinds, behind those that are there; `counts` are their tokens, and grow."""
+    for kind in counts:
+        while True:
+            tokens = stream.take(min(shard_tokens, val_tokens - counts["val"]) if kind == "val" else shard_tokens)
+            if len(tokens) == 0:
+                break
+            write_shard(_shard_path(folder, kind, -(-counts[kind] // shard_tokens)), tokens)
+            counts[kind] += len(tokens)
+            finished_one()
+    if counts["train"] == 0:
+        raise BadInput(
+            f"the corpus has {counts['val']} tokens and --val_tokens takes {val_tokens} of them: none is left to train "
+            "on; give more text or a smaller --val_tokens"
+        )
+
+
+def _tokenise(documents: Iterable[Document], workers: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Numbers of documents and their tokens, in order, with a progress bar on a terminal."""
     documents = iter(documents)
     tasks = iter(lambda: list(itertools.islice(documents, DOCUMENTS_A_TASK)), [])
-    with tqdm(unit=" tokens", unit_scale=True, disable=None, leave=False) as progress:
-        if workers == 1:
-            for tokens in map(_tokenise_task, tasks):
-                progress.update(len(tokens))
-                yield tokens
-            return
-        with multiprocessing.Pool(workers) as pool:
-            # In rounds, because imap would read the whole corpus ahead of the workers.
-            while task_round := list(itertools.islice(tasks, TASKS_A_WORKER * workers)):
-                for tokens in pool.imap(_tokenise_task, task_round):
-                    progress.update(len(tokens))
-                    yield tokens
+    results = (_tokenise_task(task) for task in tasks) if workers == 1 else _in_workers(tasks, workers)
+    with contextlib.closing(results), tqdm(unit=" tokens", unit_scale=True, disable=None, leave=False) as progress:
+        for n_documents, tokens in results:
+            progress.update(len(tokens))
+            yield n_documents, tokens
 
 
-def _tokenise_task(texts: list[str]) -> np.ndarray:
+def _in_workers(tasks: Iterator[list[Document]], workers: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The results of tasks in their order, from processes of which each has one task at a time.
+
+    Each process belongs to a thread at a time, which asks it through a pipe that no other process holds: either end
+    sees at once that the other one died, where a multiprocessing.Pool waits for ever. They are spawned, because a fork
+    would copy the locks of threads that the corpus runs.
+    """
+    context = multiprocessing.get_context("spawn")
+    processes, idle = [], queue.SimpleQueue()
+
+    def start() -> Connection:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+        return ours
+
+    def ask(task: list[Document]) -> tuple[int, np.ndarray]:
+        try:
+            try:
+                connection = idle.get_nowait()
+            except queue.Empty:
+                connection = start()
+            connection.send(task)
+            answer = connection.recv()
+        except (EOFError, OSError) as error:
+            raise BadInput(
+                f"a process that tokenises died with {task[0].name} to {task[-1].name} at hand; if memory ran out, "
+                "give fewer --workers"
+            ) from error
+        idle.put(connection)
+        if isinstance(answer, BadInput):
+            raise answer
+        return answer
+
+    threads = ThreadPoolExecutor(workers)
+    pending = deque()
+    try:
+        while True:
+            # Not all at once, or the whole corpus would be read ahead of the workers.
+            for task in itertools.islice(tasks, TASKS_A_WORKER * workers - len(pending)):
+                pending.append(threads.submit(ask, task))
+            if not pending:
+                break
+            yield pending.popleft().result()
+    finally:
+        for process in processes:
+            process.kill()
+        threads.shutdown(cancel_futures=True)
+        for process in processes:
+            process.join()
+
+
+def _work(connection: Connection) -> None:
+    """Tokenise what comes through a pipe until its other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            try:
+                answer = _tokenise_task(connection.recv())
+            except BadInput as error:
+                answer = error
+            connection.send(answer)
+
+
+def _tokenise_task(task: list[Document]) -> tuple[int, np.ndarray]:
     encoding = gpt2_encoding()
     ids: list[int] = []
-    for text in texts:
-        ids.append(END_OF_TEXT)
-        ids.extend(encoding.encode_ordinary(text))  # a text that spells <|endoftext|> stays text
-    return np.array(ids, np.uint16)
+    with _silent():
+        for name, text in task:
+            ids.append(END_OF_TEXT)
+            try:
+                ids.extend(encoding.encode_ordinary(text))  # a text that spells <|endoftext|> stays text
+            except BaseException as error:
+                # A panic of tiktoken's Rust code is no Exception, and its class cannot be imported.
+                if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                    raise
+                raise BadInput(
+                    f"{name}: GPT-2's tokenizer fails on it ({str(error) or type(error).__name__}); leave it out, or "
+                    "break up its longest runs of blanks"
+                ) from None
+    return len(task), np.array(ids, np.uint16)
 
 
-def _read(file: Path) -> bytes:
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Close standard error: a panic of Rust code prints lines of its own there, beside what is raised."""
     try:
-        return file.read_bytes()
+        saved = os.dup(2)
+    except OSError:  # it is closed already
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+@contextlib.contextmanager
+def _opened(file: Path, follow: bool) -> Iterator[Any]:
+    """Open a file to read; one that was found in a folder may have become a link since, which is not followed."""
+    no_follow = 0 if follow else getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+    try:
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | no_follow)) as opened:
+            yield opened
     except OSError as error:
         raise BadInput(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def _decode(content: bytes, source: Path | str) -> str:
     try:
-        return content.decode()
+        return content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise BadInput(f"{source}: byte {error.start} is no UTF-8; convert it first, or leave it out") from error
 
 
-def _json_lines(file: Path, field: str) -> Iterator[str]:
+def _refuse_json(text: str, source: Path | str) -> None:
+    """Refuse records of JSON where text is expected: a model would learn their braces."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return
+    for part in (text.lstrip().partition("\n")[0], text):
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(json.loads(part), dict | list):
+                raise BadInput(f"{source} is JSON, not text; give it as a file that ends in .json or .jsonl")
+
+
+def _json_lines(lines: Iterable[bytes], file: Path, field: str) -> Iterator[Document]:
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        yield _document(_loads(line, where), where, field)
+
+
+def _json_records(opened: Any, file: Path, field: str) -> Iterator[Document]:
+    """The records of a .json file: an array of them, one alone, or one a line."""
+    content = opened.read().removeprefix(codecs.BOM_UTF8)
     try:
-        lines = open(file, "rb")  # noqa: SIM115 (the with follows; opening is what may fail)
-    except OSError as error:
-        raise BadInput(f"cannot read {file}: {error.strerror or error}") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(
-                    f"{file}, line {number}: malformed JSON ({error}); correct or remove the line"
-                ) from error
-            text = record.get(field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise BadInput(f"{file}, line {number}: no text in the field {field!r}; name it with --field")
-            yield text
+        records = json.loads(content)
+    except (ValueError, RecursionError):
+        yield from _json_lines(content.splitlines(), file, field)
+        return
+    for number, record in enumerate(records if isinstance(records, list) else [records], start=1):
+        yield _document(record, f"{file}, record {number}", field)
+
+
+def _loads(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: malformed JSON ({error}); correct or remove the line") from error
+
+
+def _document(record: Any, where: str, field: str) -> Document:
+    text = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise BadInput(f"{where}: no text in the field {field!r}; name it with --field")
+    return Document(where, text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -340,21 +645,56 @@ def main(argv: list[str] | None = None) -> None:
     )
     fineweb.add_argument("--sample", choices=("10B", "100B"), default="10B", help="Size in tokens (default: 10B).")
 
-    with exit_on_bad_input("data.prepare"):
+    with exit_on_bad_input("data.prepare"), exit_on_signal("data.prepare"):
         args = parser.parse_args(argv)
         output_dir = args.output_dir or SHARDS / args.corpus
-        if args.corpus == "pydoc":
-            documents, val_tokens = pydoc_documents(), PYDOC_VAL_TOKENS
-        elif args.corpus == "text":
-            documents, val_tokens = text_documents(args.paths, args.field), None
-        elif args.corpus == "tinyshakespeare":
-            documents, val_tokens = tinyshakespeare_documents(), TINYSHAKESPEARE_VAL_TOKENS
+        left_out: Counter[str] = Counter()
+        if args.corpus == "fineweb":
+            counts = prepare_resumably(
+                f"fineweb sample-{args.sample}T",
+                lambda skip: fineweb_documents(args.sample, skip),
+                output_dir,
+                args.val_tokens or args.shard_tokens,
+                args.shard_tokens,
+                args.workers,
+            )
         else:
-            documents, val_tokens = fineweb_documents(args.sample), args.shard_tokens
-        counts = prepare(documents, output_dir, args.val_tokens or val_tokens, args.shard_tokens, args.workers)
+            if args.corpus == "pydoc":
+                documents, val_tokens = pydoc_documents(), PYDOC_VAL_TOKENS
+            elif args.corpus == "text":
+                documents, val_tokens = text_documents(args.paths, args.field, left_out), None
+            else:
+                documents, val_tokens = tinyshakespeare_documents(), TINYSHAKESPEARE_VAL_TOKENS
+            counts = prepare(documents, output_dir, args.val_tokens or val_tokens, args.shard_tokens, args.workers)
         print(f"{output_dir}: {counts['train']:,} tokens to train on, {counts['val']:,} to validate with")
-        val = f" --input_val_bin '{output_dir}/val_*.bin'" if counts["val"] else ""
-        print(f"train on them: python train.py --input_bin '{output_dir}/train_*.bin'{val}")
+        if left_out:
+            print(_told(left_out).strip(" ()"))
+        _print_flags(output_dir)
+
+
+def _print_flags(output_dir: Path) -> None:
+    """Print the command that trains on the shards of a folder, in words that a shell takes as they are."""
+    flags, smallest = [], []
+    for flag, kind in (("--input_bin", "train"), ("--input_val_bin", "val")):
+        pattern = shard_pattern(output_dir, kind)
+        lengths = [len(open_shard(file)) for file in output_dir.glob(f"{kind}_*.bin")]
+        if lengths and min(lengths) < 2:
+            print(
+                f"a {kind} shard has {min(lengths)} token and a step reads at least 2: give more text, "
+                "or other --val_tokens or --shard_tokens"
+            )
+            if kind == "train":
+                return
+        elif lengths:
+            flags += [flag, pattern]
+            smallest.append(min(lengths))
+    room = min(smallest) - 1  # a micro-batch of B·T reads one token more
+    if room < DEFAULT_TOKENS:
+        # Powers of two, so that they divide the tokens of an update that train.py chooses.
+        length = min(DEFAULT_LENGTH, 1 << room.bit_length() - 1)
+        batch = min(DEFAULT_BATCH, 1 << (room // length).bit_length() - 1)
+        flags += ["--batch_size", str(batch), "--sequence_length", str(length)]
+    print(f"train on them: python train.py {shlex.join(flags)}")
 
 
 if __name__ == "__main__":

@@ -62,13 +62,22 @@ def open_shard(path: str | Path) -> np.ndarray:
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (n_tokens,))
 
 
+def shard_pattern(folder: str | Path, kind: str) -> str:
+    """The glob of a folder's shards of one kind, "train" or "val", whatever characters the folder's path has."""
+    pattern = os.path.join(glob.escape(str(folder)), f"{kind}_*.bin")
+    return os.path.join(".", pattern) if pattern.startswith("-") else pattern  # a command line would take it for a flag
+
+
 def find_shards(pattern: str) -> list[str]:
     """The sorted files that match a glob.
 
     Raises:
         BadInput: none does.
     """
-    files = sorted(glob.glob(pattern))
+    files = glob.glob(pattern)
+    if not files:  # a folder's name may have brackets that are meant as they stand
+        folder, name = os.path.split(pattern)
+        files = glob.glob(os.path.join(glob.escape(folder), name))
     if not files:
         raise BadInput(f"no shard matches {pattern}; make some with python -m data.prepare, or correct the pattern")
-    return files
+    return sorted(files)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from common import BadInput, exit_on_bad_input, lenient_streams, write_errors
+from common import BadInput, atomic_folder, exit_on_bad_input, lenient_streams, refuse_if_occupied, write_errors
 from kernels.ops import EAGER, Ops
 from model import llmc
 from model.gpt import GPT, GPTConfig
@@ -117,7 +116,7 @@ def export(run: str | Path, folder: str | Path, vocabulary_files: tuple[Path, Pa
 
     Args:
         run: a run directory, or a model file of llm.c.
-        folder: a place where nothing is, or an empty folder. It appears there once it is complete.
+        folder: a place where nothing is, or an empty folder. Its files appear together once all are complete.
         vocabulary_files: GPT-2's encoder.json and vocab.bpe.
 
     Returns:
@@ -129,19 +128,11 @@ def export(run: str | Path, folder: str | Path, vocabulary_files: tuple[Path, Pa
     from safetensors import SafetensorError
     from transformers import GPT2TokenizerFast
 
-    folder = Path(folder).resolve()
-    with write_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise BadInput(f"{folder} is a file; name a folder")
-        if folder.is_dir() and any(folder.iterdir()):
-            raise BadInput(f"{folder} is not empty; name a new folder, so that nothing is overwritten")
+    refuse_if_occupied(Path(folder), "FOLDER")  # before the weights are read
     gpt = llmc.load_model(run)
     speaks_gpt2 = gpt.config.vocab_size == GPT2_VOCAB_SIZE
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    new_parents = [parent for parent in folder.parents if not parent.exists()]
     try:
-        with write_errors(folder), _quiet():
-            part.mkdir(parents=True)
+        with atomic_folder(folder, "FOLDER") as part, write_errors(folder), _quiet():
             to_hf(gpt).save_pretrained(part)
             if speaks_gpt2:
                 # transformers reads the two files under its own names for them.
@@ -149,14 +140,8 @@ def export(run: str | Path, folder: str | Path, vocabulary_files: tuple[Path, Pa
                     shutil.copyfile(file, part / name)
                 tokenizer = GPT2TokenizerFast.from_pretrained(part, model_max_length=gpt.config.block_size)
                 tokenizer.save_pretrained(part)
-            os.rename(part, folder)
     except SafetensorError as error:  # how it reports a full disk
         raise BadInput(f"cannot write {folder}: {error}; free some space or choose another place") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        with contextlib.suppress(OSError):  # they stay where the folder is in them
-            for parent in new_parents:
-                parent.rmdir()
     return speaks_gpt2
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,10 @@ def tokens_of(documents) -> list[int]:
     """What the corpus must become: end-of-text before each document, and nothing else that is special."""
     encode = gpt2_encoding().encode_ordinary
     return list(itertools.chain.from_iterable([50256, *encode(text)] for text in documents))
+
+
+def named(texts) -> Iterator[prepare.Document]:
+    return (prepare.Document(f"document {i}", text) for i, text in enumerate(texts))
 
 
 def shards(folder: Path, kind: str) -> list[list[int]]:
@@ -236,7 +241,7 @@ def test_two_workers_write_the_bytes_of_one(tmp_path, n_documents):
     rng = np.random.default_rng(5)
     documents = [" ".join(map(str, rng.integers(0, 1000, rng.integers(0, 30)))) + "." for _ in range(n_documents)]
     for workers in (1, 2):
-        prepare.prepare(iter(documents), tmp_path / str(workers), 1, shard_tokens=1000, workers=workers)
+        prepare.prepare(named(documents), tmp_path / str(workers), 1, shard_tokens=1000, workers=workers)
     assert all_tokens(tmp_path / "1") == tokens_of(documents)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
@@ -265,7 +270,7 @@ def test_folder_appears_when_it_is_complete(tmp_path):
     texts = [f"document {i}" for i in range(1000)]
     expected = tokens_of(texts)
     folder = tmp_path / "new" / "out"
-    prepare.prepare(documents(), folder, 10, shard_tokens=100)
+    prepare.prepare(named(documents()), folder, 10, shard_tokens=100)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
     assert all_tokens(folder) == expected
 
@@ -278,7 +283,7 @@ def test_folder_that_another_process_made_in_the_meantime(tmp_path):
 
     folder = tmp_path / "out"
     with pytest.raises(BadInput, match=f"cannot write {folder}: "):
-        prepare.prepare(documents(), folder, 3)
+        prepare.prepare(named(documents()), folder, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert contents(folder) == {"train_000000.bin": b"theirs"}
 
@@ -292,7 +297,7 @@ def test_exception_on_the_way_leaves_nothing(tmp_path, workers):
         raise RuntimeError("of the corpus")
 
     with pytest.raises(RuntimeError, match="of the corpus"):
-        prepare.prepare(documents(), tmp_path / "new" / "out", 10, shard_tokens=100, workers=workers)
+        prepare.prepare(named(documents()), tmp_path / "new" / "out", 10, shard_tokens=100, workers=workers)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -301,10 +306,10 @@ def test_killed_on_the_way_leaves_no_folder(tmp_path, by):
     program = f"""
 import os, signal, sys
 from pathlib import Path
-from data.prepare import prepare
+from data.prepare import Document, prepare
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have this process ignore it
 def documents():
-    yield from map(str, range(1000))
+    yield from (Document("a number", str(i)) for i in range(1000))
     os.kill(os.getpid(), {by.value})
 prepare(documents(), Path(sys.argv[1]), 10, shard_tokens=100)
 """
@@ -314,7 +319,7 @@ prepare(documents(), Path(sys.argv[1]), 10, shard_tokens=100)
     assert done.returncode == -by
     left = [path.name for path in tmp_path.iterdir()]
     assert left == [] if by == signal.SIGINT else [name.startswith(".out.") for name in left] == [True]
-    prepare.prepare(map(str, range(1000)), tmp_path / "out", 10, shard_tokens=100)  # and it is not in the way
+    prepare.prepare(named(map(str, range(1000))), tmp_path / "out", 10, shard_tokens=100)  # and it is not in the way
     assert all_tokens(tmp_path / "out") == tokens_of(map(str, range(1000)))
 
 
@@ -352,7 +357,7 @@ def test_empty_folder_is_taken_also_the_one_that_one_is_in(tmp_path, monkeypatch
     for name, output_dir in {"a": tmp_path / "a", "b": Path(".")}.items():
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        prepare.prepare(DOCUMENTS, output_dir, 3)
+        prepare.prepare(named(DOCUMENTS), output_dir, 3)
         assert all_tokens(tmp_path / name) == tokens_of(DOCUMENTS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
