@@ -1,30 +1,40 @@
 """From text to shards: the tokens of every corpus, derived here; a folder that is whole or not there."""
 
+import contextlib
 import errno
 import http.client
 import io
 import itertools
 import json
+import math
+import multiprocessing
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import types
+import time
 import urllib.error
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import common
+import train
 from common import BadInput
 from data import prepare
 from data.loader import ShardLoader
 from data.tokenizer import gpt2_encoding
 from tests.conftest import ROOT
-from training.config import parse
+from training.config import BY_DEVICE, parse
+from training.distributed import World
 
 DOCUMENTS = ["The first one.", "A second\n\nwith a blank line", "", "It spells <|endoftext|> out.", "Grüße 🌍"]
 
@@ -116,15 +126,30 @@ def fineweb(monkeypatch):
             asked.append((args, options))
             if at_once:
                 raise at_once
-            return stream()
+            return Stream(stream())
+
+        class Stream:
+            """Pages that can be skipped, as those of datasets."""
+
+            def __init__(self, pages):
+                self._pages = pages
+
+            def __iter__(self):
+                return self._pages
+
+            def skip(self, n):
+                return itertools.islice(self._pages, n, None)
 
         def stream():
             for page in pages:
                 if isinstance(page, Exception):
                     raise page
-                yield {"text": page, "url": "https://example.org"}
+                if callable(page):
+                    page()
+                else:
+                    yield {"text": page, "url": "https://example.org"}
 
-        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
         return asked
 
     return stand_in
@@ -202,6 +227,85 @@ def test_tinyshakespeare(run, answers):
     assert [len(shard) for shard in shards(run("tinyshakespeare"), "val")] == [32_768]
 
 
+def test_what_is_in_a_folder_is_read_or_told(run, refused, tmp_path, capsys):
+    folder = tmp_path / "notes"
+    outside = tmp_path / "outside"
+    for path in (folder / ".git", folder / "deeper", outside):
+        path.mkdir(parents=True)
+    (folder / "A.TXT").write_bytes(b"\xef\xbb\xbfupper case, and a BOM")
+    (folder / "b.Md").write_text("a, b")
+    (folder / "c.ndjson").write_bytes(b'\xef\xbb\xbf{"text": "a line"}\n')
+    (folder / "d.json").write_text('[{"text": "a record"}]')
+    (folder / "e.\x1b[31m").touch()
+    (folder / "Makefile").touch()
+    (folder / ".git" / "hidden.txt").write_text("hidden")
+    (folder / ".hidden.txt").write_text("hidden")
+    os.mkfifo(folder / "pipe.txt")
+    (outside / "secret.txt").write_text("secret")
+    (folder / "link.txt").symlink_to(outside / "secret.txt")
+    (folder / "linked").symlink_to(outside)
+    os.link(folder / "b.Md", folder / "deeper" / "again.md")
+    read = ["upper case, and a BOM", "a, b", "a line"]
+    assert all_tokens(run("text", folder, folder / "A.TXT")) == tokens_of(read)
+    told = capsys.readouterr().out
+    (line,) = (line for line in told.splitlines() if line.startswith("not read: "))
+    assert sorted(line.removeprefix("not read: ").split(", ")) == [
+        *("1 ending in .?[31m", "1 ending in .json", "1 no regular files", "1 without an ending"),
+        *("2 given twice", "2 hidden", "2 links"),
+    ]
+    assert "(not read: 1 links)" in refused("text", only(tmp_path / "links", link=outside))
+
+
+def only(folder: Path, link: Path) -> Path:
+    folder.mkdir()
+    (folder / "link").symlink_to(link)
+    return folder
+
+
+def test_folder_that_cannot_be_read_is_told(run, tmp_path, capsys, monkeypatch):
+    """The system does not refuse root, so its answer is made up."""
+    for name in ("open", "closed"):
+        (tmp_path / "notes" / name).mkdir(parents=True)
+        (tmp_path / "notes" / name / "x.txt").write_text(name)
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        folder = run("text", tmp_path / "notes")
+    assert all_tokens(folder) == tokens_of(["open"])
+    assert "not read: 1 folders that cannot be read" in capsys.readouterr().out
+
+
+def test_link_that_takes_the_place_of_a_file_is_not_followed(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    documents = prepare.text_documents([str(tmp_path)], "text", Counter())
+    assert next(documents).text == "a.txt"
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    with pytest.raises(BadInput, match=f"cannot read {tmp_path / 'b.txt'}: Too many levels of symbolic links"):
+        next(documents)
+
+
+@pytest.mark.parametrize("content", ['[{"text": "one"}, {"text": "two"}]', '{"text": "one"}\n{"text": "two"}\n'])
+def test_json_is_read_as_records(run, refused, tmp_path, monkeypatch, content):
+    path = tmp_path / "x.JSON"
+    path.write_text(content)
+    assert all_tokens(run("text", path)) == tokens_of(["one", "two"])
+    assert f"{path}, {'record' if content[0] == '[' else 'line'} 1: no text in the field" in refused(
+        "text", path, "--field", "x"
+    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    assert "standard input is JSON, not text" in refused("text", "-")
+    (tmp_path / "x.data").write_text(content)
+    assert "x.data is JSON, not text" in refused("text", tmp_path / "x.data")
+
+
 @pytest.mark.parametrize("sample", ["10B", "100B"])
 def test_fineweb(run, fineweb, sample):
     asked = fineweb(*DOCUMENTS)
@@ -256,6 +360,74 @@ def test_flags_that_are_printed_train_on_it(tmp_path, capsys):
     assert ShardLoader(config.input_val_bin, 1, 1).total_tokens == 10
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["a [b]", "*", "it's", "two  words", "$(touch pwned); `touch pwned`", 'quo"te', "new\nline", "-dash", "[!x]?"],
+)
+def test_flags_that_are_printed_survive_a_shell(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("x.txt").write_text(100 * " word")
+    prepare.main(["text", "x.txt", f"--output_dir={name}", "--workers", "1"])
+    line = capsys.readouterr().out.partition("train on them: python train.py ")[2]
+    words = subprocess.run(["sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True).stdout
+    config = parse(words.split("\0")[:-1])
+    assert ShardLoader(config.input_bin, 1, 1).total_tokens == 91
+    assert ShardLoader(config.input_val_bin, 1, 1).total_tokens == 10
+    assert sorted(os.listdir()) == sorted(["x.txt", name])
+    # As somebody would write it who does not know of globs.
+    assert ShardLoader(f"{tmp_path / name}/train_*.bin", 1, 1).total_tokens == 91
+
+
+@pytest.mark.parametrize("n_tokens", [2, 19, 20, 29, 300, 1300, 5000, 11_000, 50_000])
+def test_flags_for_a_small_corpus_are_such_that_train_on_it(tmp_path, capsys, n_tokens):
+    (tmp_path / "x.txt").write_text((n_tokens - 1) * " word")
+    prepare.main(["text", str(tmp_path / "x.txt"), "--output_dir", str(tmp_path / "out"), "--workers", "1"])
+    told = capsys.readouterr().out
+    if n_tokens == 19:
+        assert "a val shard has 1 token and a step reads at least 2" in told
+    config = parse(shlex.split(told.partition("train on them: python train.py ")[2]))
+    assert bool(config.input_val_bin) == (n_tokens >= 20)
+    for device in ("cpu", "cuda"):
+        chosen = config.resolved(device, 1)
+        for pattern in filter(None, (config.input_bin, config.input_val_bin)):
+            ShardLoader(pattern, chosen.batch_size, chosen.sequence_length).next_batch()
+    assert ("--batch_size" in told) == (n_tokens < 45_000), told
+
+
+def test_corpus_of_one_token(tmp_path, capsys):
+    (tmp_path / "x.txt").touch()
+    prepare.main(["text", str(tmp_path / "x.txt"), "--output_dir", str(tmp_path / "out"), "--workers", "1"])
+    told = capsys.readouterr().out
+    assert "a train shard has 1 token and a step reads at least 2: give more text" in told and "train.py" not in told
+
+
+def test_default_batches_are_those_of_train():
+    batches = [(each["batch_size"], each["sequence_length"]) for each in BY_DEVICE.values()]
+    assert min(batches, key=math.prod) == (prepare.DEFAULT_BATCH, prepare.DEFAULT_LENGTH)
+    assert max(map(math.prod, batches)) == prepare.DEFAULT_TOKENS
+
+
+def test_clone_in_a_folder_with_brackets(tmp_path, monkeypatch, capsys):
+    """And shards that are given twice, or to train and to validate, are told."""
+    monkeypatch.setattr(prepare, "SHARDS", tmp_path / "a [clone]" / "shards")
+    gpt = SimpleNamespace(config=SimpleNamespace(vocab_size=50257))
+    world = World(0, 0, 1, torch.device("cpu"), False)
+
+    def warnings(*flags) -> list[str]:
+        train.open_data(parse([str(flag) for flag in flags]).resolved("cpu", 1), world, gpt)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+
+    assert warnings() == []
+    (folder,) = (tmp_path / "a [clone]" / "shards").iterdir()
+    shutil.copy(folder / "val_000000.bin", tmp_path / "copy.bin")
+    (tmp_path / "link.bin").symlink_to(folder / "val_000000.bin")
+    pattern = f"{folder}/*_000000.bin"
+    (line,) = warnings("--input_bin", pattern, "--input_val_bin", tmp_path / "copy.bin")
+    assert str(folder / "val_000000.bin") in line and "train_" not in line and "and in --input_val_bin" in line
+    (line,) = warnings("--input_bin", tmp_path / "*.bin")
+    assert f"{tmp_path / 'link.bin'} have the same tokens as shards before them" in line
+
+
 # Whole or not there
 
 
@@ -301,26 +473,163 @@ def test_exception_on_the_way_leaves_nothing(tmp_path, workers):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killed_on_the_way_leaves_no_folder(tmp_path, by):
-    program = f"""
-import os, signal, sys
-from pathlib import Path
-from data.prepare import Document, prepare
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have this process ignore it
-def documents():
-    yield from (Document("a number", str(i)) for i in range(1000))
-    os.kill(os.getpid(), {by.value})
-prepare(documents(), Path(sys.argv[1]), 10, shard_tokens=100)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "out")], cwd=ROOT, capture_output=True, timeout=60
+    command = [sys.executable, "-m", "data.prepare", "text", "-", "--output_dir", str(tmp_path / "new" / "out")]
+    process = subprocess.Popen(
+        [*command, "--workers", "1"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell may have it ignored
     )
-    assert done.returncode == -by
-    left = [path.name for path in tmp_path.iterdir()]
-    assert left == [] if by == signal.SIGINT else [name.startswith(".out.") for name in left] == [True]
-    prepare.prepare(named(map(str, range(1000))), tmp_path / "out", 10, shard_tokens=100)  # and it is not in the way
-    assert all_tokens(tmp_path / "out") == tokens_of(map(str, range(1000)))
+    while process.poll() is None and not list(tmp_path.rglob("*.part/out")):
+        time.sleep(0.02)
+    process.send_signal(by)
+    errors = process.communicate(timeout=60)[1]
+    if by == signal.SIGKILL:
+        assert process.returncode == -by
+        assert [path.name.startswith(".out.") for path in (tmp_path / "new").iterdir()] == [True]
+    else:
+        assert process.returncode == 128 + by and errors.decode() == f"data.prepare: stopped by {by.name}\n"
+        assert list(tmp_path.iterdir()) == []
+    prepare.prepare(named(DOCUMENTS), tmp_path / "new" / "out", 10)  # and it is not in the way
+    assert all_tokens(tmp_path / "new" / "out") == tokens_of(DOCUMENTS)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int):
+    """Fail instead of waiting for ever."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"nothing for {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_worker_that_is_killed(tmp_path, monkeypatch, capfd):
+    """By the system, for want of memory: one line that says with which documents, and nothing is left."""
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": 100 * f" {i}"}) + "\n" for i in range(2000)))
+
+    def kill(*args):
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    monkeypatch.setattr(prepare, "write_shard", kill)  # as soon as there are tokens
+    with time_limit(60), pytest.raises(SystemExit) as stopped:
+        prepare.main(["text", str(path), "--output_dir", str(tmp_path / "out"), "--workers", "2"])
+    (line,) = capfd.readouterr().err.splitlines()
+    first, last = re.findall(rf"{path}, line (\d+)", line)
+    assert stopped.value.code == 2 and 0 < int(last) - int(first) < 64 and "died with" in line
+    assert multiprocessing.active_children() == [] and os.listdir(tmp_path) == ["x.jsonl"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_document_that_the_tokenizer_fails_on(tmp_path, capfd, workers):
+    """Its regular expressions give up on a long run of blanks, and what Rust code raises is no Exception."""
+    (tmp_path / "fine.txt").write_text("fine")
+    (tmp_path / "long.txt").write_text(1_000_000 * " " + "x")
+    argv = ["text", str(tmp_path / "fine.txt"), str(tmp_path / "long.txt"), "--output_dir", str(tmp_path / "out")]
+    with time_limit(60), pytest.raises(SystemExit) as stopped:
+        prepare.main([*argv, "--workers", str(workers)])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith(
+        f"data.prepare: {tmp_path / 'long.txt'}: GPT-2's tokenizer fails"
+    )
+    assert sorted(os.listdir(tmp_path)) == ["fine.txt", "long.txt"]
+
+
+# FineWeb, which resumes
+
+
+PAGES = [f"page {i} " + i % 7 * "with more words " for i in range(400)]
+
+
+@pytest.fixture
+def fineweb_into(capsys, tmp_path):
+    """Prepare what the stand-in for datasets gives into tmp_path/out; return the exit status and what was told."""
+
+    def run(*argv) -> tuple[int, str]:
+        status = 0
+        try:
+            prepare.main(["fineweb", "--output_dir", str(tmp_path / "out"), "--shard_tokens", "300", *argv])
+        except SystemExit as stopped:
+            status = stopped.code
+        told = capsys.readouterr()
+        assert len(told.err.splitlines()) == (status != 0), told.err
+        return status, told.out + told.err
+
+    return run
+
+
+def raise_signal(number):
+    """What a page is when a signal comes while it is fetched."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+def test_fineweb_resumes_behind_its_finished_shards(fineweb, fineweb_into, tmp_path):
+    prepare.prepare(named(PAGES), tmp_path / "whole", 300, 300)
+    breaks = [(150, ConnectionError("gone")), (250, raise_signal(signal.SIGTERM)), (390, raise_signal(signal.SIGHUP))]
+    finished = []
+    for at, event in breaks:
+        fineweb(*PAGES[:at], event, *PAGES[at:])
+        status, told = fineweb_into("--workers", "1")
+        assert status == (2 if isinstance(event, Exception) else 128 + event.__closure__[0].cell_contents)
+        assert "the finished shards stay, and the same command resumes behind them" in told
+        assert os.listdir(tmp_path / "out") == [".unfinished"]  # no glob of train.py takes it for a corpus
+        finished.append(len(list((tmp_path / "out" / ".unfinished").glob("*.bin"))))
+    assert 0 < finished[0] < finished[1] < finished[2]
+    fineweb(*PAGES)
+    status, told = fineweb_into("--workers", "2")
+    assert status == 0 and "resuming behind" in told
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert "is not empty" in fineweb_into()[1]
+
+
+def test_fineweb_without_a_finished_shard_leaves_nothing(fineweb, fineweb_into, tmp_path):
+    fineweb(*PAGES[:20], ConnectionError("gone"))
+    status, told = fineweb_into("--workers", "1")
+    assert status == 2 and "finished shards" not in told and list(tmp_path.iterdir()) == []
+
+
+def test_fineweb_resumes_only_the_same(fineweb, fineweb_into, tmp_path, monkeypatch):
+    unfinished = tmp_path / "out" / ".unfinished"
+    fineweb(*PAGES[:200], ConnectionError("gone"))
+    fineweb_into("--workers", "1")
+    before = contents(unfinished)
+    fineweb(*PAGES)
+    assert "unfinished shards of val_tokens 300, and this command has 9" in fineweb_into("--val_tokens", "9")[1]
+    assert "of corpus 'fineweb sample-10BT', and" in fineweb_into("--sample", "100B")[1]
+    fineweb(*reversed(PAGES))
+    assert "the corpus is another than the one in" in fineweb_into("--workers", "1")[1]
+    with pytest.raises(BadInput, match=r"holds unfinished work of another command in \.unfinished"):
+        prepare.prepare(named(DOCUMENTS), tmp_path / "out")
+    assert contents(unfinished) == before
+
+    fineweb(*PAGES)
+    state = json.loads(before["state.json"])
+    for change in (
+        *({"val": n} for n in (-1, True, 1e308, 10**400, "300", None, 299)),
+        {"documents": -1},
+        {"train": state["train"] + 300},
+        {"settings": []},
+        {"more": 1},
+    ):
+        (unfinished / "state.json").write_text(json.dumps(state | change))
+        status, told = fineweb_into("--workers", "1")
+        assert status == 2 and str(unfinished) in told, change
+    for content in (b"", b"{", b"[]", b"[" * 100_000, b"\xff"):
+        (unfinished / "state.json").write_bytes(content)
+        status, told = fineweb_into("--workers", "1")
+        assert status == 2 and "state.json cannot be used" in told
+    assert contents(unfinished).keys() == before.keys()
 
 
 def test_full_disk(refused, tmp_path, monkeypatch):
@@ -392,7 +701,7 @@ def test_paths_that_hold_no_text(refused, tmp_path):
     for name, told in {
         "nowhere": "no such file or folder",
         300 * "long": "no such file or folder",
-        "empty": "no file below it ends in .txt, .md, .jsonl",
+        "empty": "no file below it ends in .txt, .md, .jsonl, .ndjson",
         "latin1.txt": "byte 2 is no UTF-8",
     }.items():
         assert f"{tmp_path / name}: {told}" in refused("text", tmp_path / name)
