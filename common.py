@@ -28,7 +28,13 @@ UNFINISHED = ".unfinished"
 
 
 class BadInput(Exception):
-    """Input that cannot be used. The message is one line that names the flag or the file and says what to do."""
+    """Input that cannot be used. The message is one line that names the flag or the file and says what to do.
+
+    What it quotes may come from anybody, so that characters by which a terminal is controlled are written as escapes.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message))
 
 
 class Stopped(BaseException):

@@ -214,11 +214,12 @@ def train(
         distributed.wait_for_device(world)
         seconds = time.perf_counter() - started
         step_times.append(seconds)
+        state.tokens += config.total_batch_size
         tok_per_s = config.total_batch_size / seconds
         flops = flops_per_token(gpt.config, config.sequence_length) * (1 / 3 if config.inference_only else 1)
         metrics = {
             "step": step,
-            "tokens": (step + 1) * config.total_batch_size,
+            "tokens": state.tokens,
             "loss": loss,
             "norm": None if config.inference_only else norm,
             "lr": lr,
@@ -416,7 +417,7 @@ def choose_output_dir(config: Config, world: World, held: contextlib.ExitStack) 
         if path.is_dir():
             held.enter_context(exclusive(path, "--output_dir"))
         there = world.restarts and (path / RUN_CONFIG).exists()
-        restarted = there and json.loads((path / RUN_CONFIG).read_bytes()).get("launch") == world.launch
+        restarted = there and checkpoint.launch_of(path / RUN_CONFIG) == world.launch
     return path, bool(restarted)
 
 

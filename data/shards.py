@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common import BadInput, atomic_write
+from readers import open_regular
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
@@ -45,8 +46,9 @@ def open_shard(path: str | Path) -> np.ndarray:
         BadInput: it is not there, or not a whole shard.
     """
     try:
-        header = np.fromfile(path, "<i4", 256)
-        size = os.path.getsize(path)
+        with open_regular(path, follow=True) as file:
+            header = np.fromfile(file, "<i4", 256)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise BadInput(f"cannot read the shard {path}: {error.strerror or error}") from error
     if len(header) < 256:

@@ -22,6 +22,8 @@ from model.recompute import Linear
 
 INIT_SEED = 42
 INIT_STD = 0.02
+MOST_LAYERS = 1024
+"""modules take time to build, however narrow they are; a file of a megabyte can name layers by the thousand"""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class GPTConfig:
     """The shape of a network.
 
     Raises:
-        ValueError: a size is not positive, or n_embd is no multiple of n_head.
+        ValueError: a size is not positive, n_embd is no multiple of n_head, or there are more than MOST_LAYERS.
     """
 
     block_size: int = 1024
@@ -45,6 +47,8 @@ class GPTConfig:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+        if self.n_layer > MOST_LAYERS:
+            raise ValueError(f"n_layer is {self.n_layer}; it must be at most {MOST_LAYERS}")
 
     def num_params(self) -> int:
         """Number of parameters, the tied matrix counted once."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
+import reprlib
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,9 +23,11 @@ from common import BadInput, atomic_folder, exit_on_bad_input, lenient_streams, 
 from kernels.ops import EAGER, Ops
 from model import llmc
 from model.gpt import GPT, GPTConfig
+from model.stored import StoredTensor, safetensors, torch_tensors
+from readers import integer, mapped, open_regular, read_json, refuse_beyond_memory, text
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and only those who call it pay
-    from transformers import GPT2LMHeadModel, PretrainedConfig
+    from transformers import GPT2LMHeadModel
 
 GPT2_VOCAB_SIZE, END_OF_TEXT = 50257, 50256
 HUB_TIMEOUT_S = 10
@@ -41,42 +45,60 @@ _FIXED = {
     "tie_word_embeddings": (True,),
 }
 
+# Other names that transformers takes for the sizes.
+_ALIASES = {
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+}
+_SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd", *_ALIASES)
+_CONFIG_FIELDS = {"model_type": text(r"[\w.-]{1,80}")} | {f"{size}?": integer(1, 2**31 - 1) for size in _SIZES}
+
+# Where weights may be, the first that is there; an index names the files that the tensors are in.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_INDEX_FIELDS = {"weight_map": mapped(text(r"\w[\w.-]*\.(safetensors|bin)"))}
+
 
 def from_pretrained(name_or_folder: str, ops: Ops = EAGER) -> GPT:
     """A network with pretrained weights, in fp32 on the CPU.
 
+    The files are read here, without transformers, which would call code that comes with a model, or fetch some that
+    its configuration names. Names and shapes are compared before a tensor is read or the network is built.
+
     Args:
         name_or_folder: gpt2, gpt2-medium, gpt2-large, gpt2-xl, another name on the hub, or a local folder that
-            `save_pretrained` wrote.
+            `save_pretrained` wrote. Its links are followed only as far as those of the hub's cache lead.
         ops: the backend.
 
     Raises:
         BadInput: it cannot be had, is no GPT-2 like ours, or a tensor is missing, unexpected or of another shape.
     """
-    from transformers import AutoConfig, GPT2LMHeadModel
-
-    with _quiet():
-        source, where, why_not = _locate(name_or_folder)
-        config = _ask(lambda: AutoConfig.from_pretrained(source, **where), name_or_folder, why_not)
-        gpt_config = _our_config(config, name_or_folder)
-        theirs, report = _ask(
-            lambda: GPT2LMHeadModel.from_pretrained(
-                source, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **where
-            ),
-            name_or_folder,
-            why_not,
+    folder = Path(name_or_folder) if os.path.isdir(name_or_folder) else _download(name_or_folder)
+    try:
+        config = _our_config(read_json(_file(folder, "config.json"), _CONFIG_FIELDS), name_or_folder)
+        with contextlib.ExitStack() as opened:
+            tensors = _our_tensors(_stored_tensors(folder, opened), config, name_or_folder)
+            refuse_beyond_memory(4 * config.num_params())
+            gpt = GPT(config, ops, init=False)
+            with torch.no_grad():
+                for name, param in gpt.named_parameters():
+                    param.copy_(_transposed(name, tensors[name].read()))
+            head = tensors.get("lm_head.weight")
+            if head and not torch.equal(head.read().float(), gpt.lm_head.weight):
+                raise BadInput(
+                    f"--model {name_or_folder}: lm_head.weight differs from transformer.wte.weight, and this network "
+                    "has one tensor for both; name another model"
+                )
+    except (OSError, ValueError) as error:
+        at = (
+            f"{Path(error.filename or folder).name}: {error.strerror}"
+            if isinstance(error, OSError)
+            else _first_line(error)
         )
-    _refuse_differences(report, name_or_folder)
-
-    weights = theirs.state_dict()
-    # transformers leaves the two apart where a file has both and they differ, whatever its config says.
-    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise BadInput(
-            f"--model {name_or_folder}: lm_head.weight differs from transformer.wte.weight, and this network has one "
-            "tensor for both; name another model"
-        )
-    gpt = GPT(gpt_config, ops, init=False)
-    gpt.load_state_dict({name: _transposed(name, weights[name]) for name in gpt.state_dict()})
+            f"--model {name_or_folder}: cannot load this folder: {at}; save the model again, or name another"
+        ) from error
     return gpt
 
 
@@ -150,37 +172,29 @@ def _transposed(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.t() if name.endswith(_TRANSPOSED) else tensor
 
 
-def _locate(name: str) -> tuple[str, dict[str, Any], str | None]:
-    """What to ask transformers for, with which arguments, and why not from the hub (None: a folder, or it answered).
-
-    transformers retries a hub that is out of reach for half a minute; one question first, and its own cache is all
-    that is left to try.
-    """
+def _download(name: str) -> Path:
+    """The folder in the hub's cache with a model's configuration and weights, fetched where the hub answers."""
     import huggingface_hub
 
-    if Path(name).is_dir():
-        return name, {}, None
     source = name if "/" in name else f"openai-community/{name}"
+    why_not, files = None, set()
     try:
-        huggingface_hub.model_info(source, timeout=HUB_TIMEOUT_S)
-        return source, {}, None
+        # The hub's client retries for half a minute where the hub is out of reach; one question first, and the cache
+        # is all that is left to try.
+        files = {file.rfilename for file in huggingface_hub.model_info(source, timeout=HUB_TIMEOUT_S).siblings}
     except huggingface_hub.errors.RepositoryNotFoundError:
-        reason = "it has no model of that name, or not for you"
+        why_not = "it has no model of that name, or not for you"
     except Exception as error:  # whatever the HTTP client of the day raises
-        reason = _first_line(error)
-    return source, {"local_files_only": True}, reason
-
-
-def _ask(load: Callable[[], Any], name: str, why_not: str | None) -> Any:
-    """Call into transformers; what it cannot find or make sense of becomes one line."""
+        why_not = _first_line(error)
+    weights = next((file for file in _WEIGHTS if file in files), _WEIGHTS[0])
+    shards = ["model-*.safetensors", "pytorch_model-*.bin"] if weights.endswith(".json") else []
     try:
-        return load()
-    except Exception as error:  # broken files raise all sorts: JSON, pickle, safetensors, validation
-        if Path(name).is_dir():
-            raise BadInput(
-                f"--model {name}: transformers cannot load this folder: {_first_line(error)}; save the model again, or "
-                "name another"
-            ) from error
+        with _quiet():
+            folder = huggingface_hub.snapshot_download(
+                source, allow_patterns=["config.json", weights, *shards], local_files_only=why_not is not None
+            )
+        return Path(folder)
+    except Exception as error:
         raise BadInput(
             f"--model {name}: not to be had from Hugging Face's hub: {why_not or _first_line(error)}; name a local "
             "folder, or start from random weights with --model d12"
@@ -191,41 +205,101 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .:;")
 
 
-def _our_config(config: PretrainedConfig, name: str) -> GPTConfig:
-    if config.model_type != "gpt2":
-        raise BadInput(f"--model {name}: model_type is {config.model_type}, not gpt2; name a GPT-2")
+def _file(folder: Path, name: str) -> Path:
+    """A file in a folder. In the hub's cache it is a link into `blobs` beside `snapshots`, and what it leads to."""
+    path = folder / name
+    target, snapshots = Path(os.path.realpath(path)), Path(os.path.realpath(folder)).parent
+    return target if snapshots.name == "snapshots" and target.parent == snapshots.parent / "blobs" else path
+
+
+def _stored_tensors(folder: Path, opened: contextlib.ExitStack) -> dict[str, StoredTensor]:
+    """What the weight files of a folder hold, with their files `opened`, under the names that they have there."""
+    weights = next((name for name in _WEIGHTS if os.path.lexists(folder / name)), None)
+    if weights is None:
+        raise ValueError(f"there is none of {', '.join(_WEIGHTS)}")
+    names, kind = [weights], weights.removesuffix(".index.json").rpartition(".")[2]
+    if weights.endswith(".json"):
+        names = sorted(set(read_json(_file(folder, weights), _INDEX_FIELDS)["weight_map"].values()))
+    tensors: dict[str, StoredTensor] = {}
+    n_bytes = 0
+    for name in names:
+        file = opened.enter_context(open_regular(_file(folder, name)))
+        n_bytes += os.fstat(file.fileno()).st_size
+        try:
+            found = safetensors(file) if kind == "safetensors" else torch_tensors(file)
+            if not isinstance(found, dict) or not all(
+                isinstance(key, str) and isinstance(tensor, StoredTensor) for key, tensor in found.items()
+            ):
+                raise ValueError("it holds something else than tensors by name")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ValueError(f"{name}: {twice[0]} is in another file as well")
+        tensors |= found
+    for key, tensor in tensors.items():
+        n_bytes -= tensor.nbytes if not key.endswith(("lm_head.weight", *_BUFFERS)) else 0
+    if n_bytes < 0:
+        raise ValueError("its tensors are larger than their files")
+    return tensors
+
+
+def _our_tensors(stored: dict[str, StoredTensor], config: GPTConfig, name: str) -> dict[str, StoredTensor]:
+    """The tensors of a network like ours under our names, with theirs of `lm_head` where they have one.
+
+    Raises:
+        BadInput: there are others, or of other shapes.
+    """
+    # Older files, and those of the network without its head, leave the prefix out.
+    tensors = {
+        key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}": tensor
+        for key, tensor in stored.items()
+        if not key.endswith(_BUFFERS)
+    }
+    shapes = {
+        key: shape[::-1] if key.endswith(_TRANSPOSED) else shape for key, shape in llmc.tensor_shapes(config).items()
+    }
+    head = {"lm_head.weight": shapes["transformer.wte.weight"]}
+    wrong = {
+        "missing": shapes.keys() - tensors.keys(),
+        "unexpected": tensors.keys() - shapes.keys() - head.keys(),
+        "of another shape": [k for k, shape in (shapes | head).items() if k in tensors and tensors[k].shape != shape],
+        "of a type that is not floating": [k for k, tensor in tensors.items() if not tensor.dtype.is_floating_point],
+    }
+    for what, keys in wrong.items():
+        if keys:
+            listed = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise BadInput(f"--model {name}: tensors {what}: {listed}; save the model again, or name another")
+    return tensors
+
+
+def _our_config(given: dict[str, Any], name: str) -> GPTConfig:
+    fields = {_ALIASES.get(field, field): value for field, value in given.items()}
+    if fields["model_type"] != "gpt2":
+        raise BadInput(f"--model {name}: model_type is {fields['model_type']}, not gpt2; name a GPT-2")
     for field, allowed in _FIXED.items():
-        value = getattr(config, field)
+        value = fields.get(field, allowed[0])
         if value not in allowed:
             raise BadInput(
-                f"--model {name}: {field} is {value}, and this network has {' or '.join(map(str, allowed))}; "
-                "name another model"
+                f"--model {name}: {field} is {reprlib.repr(value)}, and this network has "
+                f"{' or '.join(map(str, allowed))}; name another model"
             )
-    if config.n_inner not in (None, 4 * config.n_embd):
+    default = GPTConfig()
+    width = fields.get("n_embd", default.n_embd)
+    if fields.get("n_inner") not in (None, 4 * width):
         raise BadInput(
-            f"--model {name}: n_inner is {config.n_inner}, and this network has 4·n_embd; name another model"
+            f"--model {name}: n_inner is {reprlib.repr(fields['n_inner'])}, and this network has 4·n_embd; name "
+            "another model"
         )
     try:
         return GPTConfig(
-            block_size=config.n_positions,
-            vocab_size=config.vocab_size,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
+            block_size=fields.get("n_positions", default.block_size),
+            vocab_size=fields.get("vocab_size", default.vocab_size),
+            n_layer=fields.get("n_layer", default.n_layer),
+            n_head=fields.get("n_head", default.n_head),
+            n_embd=width,
         )
     except ValueError as error:
         raise BadInput(f"--model {name}: {error}; name another model") from error
-
-
-def _refuse_differences(report: dict[str, Any], name: str) -> None:
-    kinds = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
-    for kind, what in kinds.items():
-        # A mismatched key comes with its two shapes.
-        keys = sorted(key[0] if isinstance(key, tuple) else key for key in report[kind])
-        keys = [key for key in keys if not key.endswith(_BUFFERS)]
-        if keys:
-            listed = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise BadInput(f"--model {name}: tensors {what}: {listed}; save the model again, or name another")
 
 
 @contextlib.contextmanager

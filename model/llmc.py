@@ -18,12 +18,15 @@ import torch
 from common import BadInput, atomic_write
 from kernels.ops import EAGER, Ops
 from model.gpt import GPT, GPTConfig
+from readers import open_regular, refuse_beyond_memory
 
 MODEL_MAGIC, STATE_MAGIC, TOKENIZER_MAGIC = 20240326, 20240327, 20240328
 MODEL_VERSIONS = {torch.float32: 3, torch.bfloat16: 5}
 STATE_VERSION, TOKENIZER_VERSION = 2, 2
 HEADER_BYTES = 256 * 4
 VOCAB_MULTIPLE = 128
+TOKENIZER_LIMIT = 64 << 20
+"""bytes; GPT-2's has 0.4 MB"""
 
 RUN_WEIGHTS = "model.bin"
 """name of the final weights in a run directory"""
@@ -119,7 +122,11 @@ def read_model(path: str | Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
     Raises:
         BadInput: the file is not there, is no model file, or is not whole.
     """
-    with _open(path, "a model file or a run directory") as file:
+    return _read_model(path, follow=True)
+
+
+def _read_model(path: str | Path, follow: bool) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
+    with _open(path, "a model file or a run directory", follow) as file:
         header = _read_header(path, file, MODEL_MAGIC, tuple(MODEL_VERSIONS.values()), "a model file")
         dtype = next(dtype for dtype, version in MODEL_VERSIONS.items() if version == header[1])
         try:
@@ -132,6 +139,7 @@ def read_model(path: str | Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
                 f"{padded_vocab_size(config.vocab_size)}; export the file again"
             )
         _check_size(path, file, HEADER_BYTES + dtype.itemsize * _n_elements(config))
+        _check_memory(path, 2 * 4 * config.num_params())  # these tensors, and the network that is made of them
         state = dict(_read_tensors(file, config, dtype))
     state["lm_head.weight"] = state[_WTE]
     return config, state
@@ -144,7 +152,8 @@ def load_model(path: str | Path, ops: Ops = EAGER) -> GPT:
         BadInput: as `read_model`.
     """
     path = Path(path)
-    config, state = read_model(path / RUN_WEIGHTS if os.path.isdir(path) else path)
+    is_run = os.path.isdir(path)
+    config, state = _read_model(path / RUN_WEIGHTS if is_run else path, follow=not is_run)
     gpt = GPT(config, ops, init=False)
     gpt.load_state_dict(state)
     return gpt
@@ -200,7 +209,9 @@ def read_debug_state(path: str | Path, config: GPTConfig) -> DebugState:
         B, T, V = *header[2:4], config.vocab_size
         if min(B, T) < 1:
             raise BadInput(f"{path}: impossible header: B {B}, T {T}; export the file again")
-        _check_size(path, file, HEADER_BYTES + 4 * (2 * B * T + B * T * V + 1 + _n_elements(config)))
+        n_values = 2 * B * T + B * T * V + 1 + _n_elements(config)
+        _check_size(path, file, HEADER_BYTES + 4 * n_values)
+        _check_memory(path, 4 * n_values)
         x, y = (_from_file(file, (B, T), torch.int32).long() for _ in range(2))
         logits, loss = _from_file(file, (B, T, V), torch.float32), _from_file(file, (), torch.float32)
         return DebugState(x, y, logits, loss, dict(_read_tensors(file, config, torch.float32)))
@@ -236,6 +247,8 @@ def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
     """
     with _open(path, "a tokenizer") as file:
         header = _read_header(path, file, TOKENIZER_MAGIC, (TOKENIZER_VERSION,), "a tokenizer")
+        if os.fstat(file.fileno()).st_size > TOKENIZER_LIMIT:
+            raise BadInput(f"{path}: larger than the {TOKENIZER_LIMIT:,} bytes that a tokenizer may have; name another")
         content = file.read()
     n_tokens, end_of_text = header[2:4]
     if not 0 <= end_of_text < n_tokens:
@@ -289,9 +302,9 @@ def _to_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _open(path: str | Path, what: str) -> BinaryIO:
+def _open(path: str | Path, what: str, follow: bool = True) -> BinaryIO:
     try:
-        return open(path, "rb")
+        return open_regular(path, follow)
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror or error}; name {what}") from error
 
@@ -318,6 +331,13 @@ def _check_size(path: str | Path, file: BinaryIO, needed: int) -> None:
     if there != needed:
         cut = "cut short" if there < needed else "longer than its header says"
         raise BadInput(f"{path}: {cut}: {there} bytes, and its header calls for {needed}; copy or export it again")
+
+
+def _check_memory(path: str | Path, n_bytes: int) -> None:
+    try:
+        refuse_beyond_memory(n_bytes)
+    except ValueError as error:
+        raise BadInput(f"{path}: {error}; name a smaller one") from error
 
 
 def _n_padding(config: GPTConfig) -> int:

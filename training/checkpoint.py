@@ -4,15 +4,16 @@ A checkpoint is the folder `checkpoints/step_N` of a run directory, N the number
 
     __R_0.distcp, .metadata   the tensors, as torch.distributed.checkpoint lays them out: whatever number of ranks and
                               ZeRO stage wrote them, any other can read them
-    state.json                all that is no tensor: step, place in the data, outlier windows, loss scale, RNGs,
+    state.json                all that is no tensor: step, tokens, place in the data, outlier windows, loss scale, RNGs,
                               configuration, versions
-    SHA256SUMS                of every file above, as `sha256sum -c` takes it
+    SHA256SUMS                of every file above, as `sha256sum -c` takes it; other files are not looked at
 
 It is written as `.step_N.part`, in the background, and gets its name when all of it is on disk. So a folder of that
 name was whole once; that it still is, its sums tell. All ranks write to the same file system.
 """
 
-import hashlib
+import contextlib
+import errno
 import json
 import os
 import platform
@@ -36,16 +37,15 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
-from common import BadInput
+from common import BadInput, write_errors
 from data.loader import ShardLoader
 from model.gpt import GPT
 from training import distributed, optim
 from training.distributed import World
 from training.faults import UpdateGuard
+from training.saved import METADATA, STATE, SUMS, TensorReader, read_record, sha256, step_of, verify
 
 FOLDER = "checkpoints"
-STATE, SUMS = "state.json", "SHA256SUMS"
-
 # A single process is what was asked for; it warns at every save, from the thread that writes.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
@@ -64,6 +64,8 @@ class TrainState:
     device: torch.device
     step: int = 0
     """updates done or skipped"""
+    tokens: int = 0
+    """read for them, by all ranks"""
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """The weights and AdamW's state of this rank, under names that no stage and no number of ranks changes."""
@@ -80,6 +82,7 @@ class TrainState:
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
             "step": self.step,
+            "tokens": self.tokens,
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -92,15 +95,24 @@ class TrainState:
         }
 
     def load_record(self, record: dict[str, Any]) -> None:
-        """Go on from what `record` gave."""
+        """Go on from what `record` gave.
+
+        Raises:
+            ValueError: a random number generator refuses its state.
+        """
         self.step = record["step"]
+        self.tokens = record["tokens"]
         self.guard.load_state_dict(record["guard"])
         if self.scaler.is_enabled() and record["scaler"]:
             self.scaler.load_state_dict(record["scaler"])
         rng = record["rng"]
-        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(rng["torch"]), dtype=torch.uint8))
-        if rng["cuda"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(rng["cuda"]), dtype=torch.uint8), self.device)
+        try:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(rng["torch"]), dtype=torch.uint8))
+            if rng["cuda"] and self.device.type == "cuda":
+                cuda = torch.frombuffer(bytearray.fromhex(rng["cuda"]), dtype=torch.uint8)
+                torch.cuda.set_rng_state(cuda, self.device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{STATE}: rng: {str(error).splitlines()[0]}") from error
         version, internal, gauss = rng["python"]
         random.setstate((version, tuple(internal), gauss))
         kind, keys, *position = rng["numpy"]
@@ -184,7 +196,8 @@ class Checkpoints:
             error = future.exception()
             if error and self.world.is_main:
                 self.say(f"warning: the checkpoint of step {step} was not written: {_reason(error)}; {self.newest()}")
-                shutil.rmtree(_part(self.folder / f"step_{step}"), ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    _remove(_part(self.folder / f"step_{step}"))
             self.failed = error is not None
 
     def newest(self) -> str:
@@ -203,14 +216,25 @@ class Checkpoints:
             self.wait()
 
     def load(self, folder: Path, state: TrainState) -> None:
-        """Load a checkpoint into the state, except for the position of its loader. Its sums were checked before."""
-        dcp.load(
-            state.tensors(),
-            storage_reader=dcp.FileSystemReader(folder),
-            process_group=self._group,
-            no_dist=not self.world.distributed,
-        )
-        state.load_record(read_record(folder))
+        """Load a checkpoint into the state, except for the position of its loader. Its sums were checked before.
+
+        Raises:
+            BadInput: what `choose` has not seen yet is wrong: the tensors, or a state that its generator refuses.
+        """
+        tensors, record = state.tensors(), read_record(folder)
+        try:
+            dcp.load(
+                tensors,
+                storage_reader=TensorReader(folder),
+                process_group=self._group,
+                no_dist=not self.world.distributed,
+            )
+            for name, tensor in tensors["optimizer"].items():
+                if name.endswith(".step") and not 0 <= tensor.item() <= record["step"]:
+                    raise ValueError(f"{name} is {tensor.item():g}, and step {record['step']} comes after it")
+            state.load_record(record)
+        except (CheckpointException, ValueError) as error:
+            raise BadInput(f"{folder} cannot be resumed from: {_reason(error)}; name another checkpoint") from error
 
     def _share(self, state: TrainState) -> dict[str, dict[str, torch.Tensor]]:
         """What this rank writes: its shards, and its part of what all ranks have alike."""
@@ -228,7 +252,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Delete the checkpoints that are not kept. A newer one is on disk."""
-        for folder in find(self.folder)[self.keep :]:
+        own = [folder for folder in find(self.folder) if not folder.is_symlink()]  # a link takes no room
+        for folder in own[self.keep :]:
             if not (self.keep_every and step_of(folder) % self.keep_every == 0):
                 try:
                     _delete(folder)
@@ -243,6 +268,8 @@ class _Writer(dcp.FileSystemWriter):
     """
 
     def __init__(self, folder: Path, record: bytes, prune: Callable[[], None]):
+        if _part(folder).is_symlink():
+            raise OSError(errno.ELOOP, f"{_part(folder)} is a link; remove it")
         super().__init__(_part(folder))
         self.folder, self.record, self.prune = folder, record, prune
 
@@ -255,7 +282,7 @@ class _Writer(dcp.FileSystemWriter):
                 link = link.__context__
             raise (link or error) from None
         names = {result.storage_data.relative_path for result in results}
-        sums = {name: _sha256(Path(self.path) / name) for name in names}
+        sums = {name: sha256(Path(self.path) / name) for name in names}
         future: torch.futures.Future = torch.futures.Future()
         future.set_result([_Summed(r.index, r.size_in_bytes, r.storage_data, sums) for r in results])
         return future
@@ -265,7 +292,7 @@ class _Writer(dcp.FileSystemWriter):
         part = Path(self.path)
         _write(part / STATE, self.record)
         sums = {name: digest for rank in results for result in rank for name, digest in result.sums.items()}
-        sums |= {name: _sha256(part / name) for name in (".metadata", STATE)}
+        sums |= {name: sha256(part / name) for name in (METADATA, STATE)}
         _write(part / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
         _sync_folder(part)
         os.rename(part, self.folder)
@@ -281,12 +308,34 @@ class _Summed(WriteResult):
 
 
 def find(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest first."""
-    return sorted(filter(_is_checkpoint, folder.glob("step_*")), key=step_of, reverse=True)
+    """The checkpoints in a folder, the newest first.
+
+    Raises:
+        BadInput: the operating system does not show what is in the folder.
+    """
+    return [path for path in _named_steps(folder) if path.is_dir()]
+
+
+def _named_steps(folder: Path) -> list[Path]:
+    """Whatever bears the name of a checkpoint, the newest first."""
+    return sorted(
+        (folder / name for name in _names_in(folder) if _is_checkpoint(Path(name))), key=step_of, reverse=True
+    )
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise BadInput(
+            f"cannot look into {folder}: {error.strerror}; name another folder, or make it readable"
+        ) from error
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return bool(re.fullmatch(r"step_\d+", path.name))
+    return bool(re.fullmatch(r"step_(0|[1-9][0-9]*)", path.name))
 
 
 def run_of(resume: str) -> Path | None:
@@ -297,39 +346,6 @@ def run_of(resume: str) -> Path | None:
     if not _is_checkpoint(path):
         return path
     return path.parent.parent if path.parent.name == FOLDER else None
-
-
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(folder.name.removeprefix("step_"))
-
-
-def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Hold a checkpoint against its sums.
-
-    Args:
-        folder: the checkpoint.
-        part: of the work, from 0; each rank reads some of the files.
-        parts: number of parts.
-
-    Returns:
-        What is wrong first, with the file's name; None where nothing is.
-    """
-    try:
-        lines = (folder / SUMS).read_text().splitlines()
-        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (OSError, ValueError) as error:
-        return f"{folder / SUMS} cannot be read: {error}"
-    there = {path.name for path in folder.iterdir()} - {SUMS}
-    for name in sorted(sums.keys() ^ there):
-        return f"{folder / name} " + ("is missing" if name in sums else f"is not in {SUMS}")
-    for name in sorted(sums)[part::parts]:
-        try:
-            if _sha256(folder / name) != sums[name]:
-                return f"{folder / name} is not what was written: its SHA-256 differs from the one in {SUMS}"
-        except OSError as error:
-            return f"{folder / name} cannot be read: {error.strerror}"
-    return None
 
 
 def choose(resume: str, run_dir: Path | None, world: World, say: Callable[[str], None]) -> Path | None:
@@ -350,7 +366,7 @@ def choose(resume: str, run_dir: Path | None, world: World, say: Callable[[str],
     if resume == "0":
         return None
     path = Path(resume)
-    if resume != "auto" and path.is_dir() and _is_checkpoint(path):
+    if resume != "auto" and os.path.isdir(path) and _is_checkpoint(path):
         candidates = [path]
     else:
         run = run_dir if resume == "auto" else path
@@ -375,27 +391,28 @@ def choose(resume: str, run_dir: Path | None, world: World, say: Callable[[str],
     return None
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors."""
-    return json.loads((folder / STATE).read_bytes())
-
-
 def tidy(run_dir: Path, step: int) -> list[str]:
     """Remove what killed saves left, and set aside the checkpoints after a step, which this run is going to repeat.
 
+    Links are removed and set aside as such; what they lead to stays as it is.
+
     Returns:
         The new names of those that were set aside.
+
+    Raises:
+        BadInput: the operating system refused.
     """
     aside = []
-    for path in (run_dir / FOLDER).glob(".step_*"):
-        shutil.rmtree(path)
-    for folder in find(run_dir / FOLDER):
-        if step_of(folder) > step:
-            target = folder.with_name(f"{folder.name}.aside")
-            if target.exists():
-                shutil.rmtree(target)
-            folder.rename(target)
-            aside.append(target.name)
+    with write_errors(run_dir / FOLDER):
+        for name in _names_in(run_dir / FOLDER):
+            if re.fullmatch(r"\.step_[0-9]+\.part", name):
+                _remove(run_dir / FOLDER / name)
+        for path in _named_steps(run_dir / FOLDER):
+            if step_of(path) > step:
+                target = path.with_name(f"{path.name}.aside")
+                _remove(target)
+                path.rename(target)
+                aside.append(target.name)
     return aside
 
 
@@ -429,8 +446,17 @@ def _part(folder: Path) -> Path:
 def _delete(folder: Path) -> None:
     """Hide a checkpoint first, so that none that is half deleted bears its name."""
     part = _part(folder)
+    _remove(part)
     os.rename(folder, part)
-    shutil.rmtree(part)
+    _remove(part)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder with what is in it, or a file; of a link, the link alone. Nothing there is fine."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -448,11 +474,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """What a run leaves behind: main.log, metrics.jsonl, loss.png, and TensorBoard events on request."""
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -14,11 +15,15 @@ from pathlib import Path
 import torch
 
 from common import BadInput, atomic_write, tell, write_errors
+from readers import integer, open_regular, parse_json, require
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+LONGEST_LINE = 1 << 16
+"""bytes of a line of metrics.jsonl"""
 
 
 class RunLog:
@@ -44,12 +49,14 @@ class RunLog:
     def open(self, first_step: int = 0, tensorboard: bool = False) -> "RunLog":
         """Go on from a step of a run that was here before; what it recorded from there on is forgotten.
 
+        Lines that a power failure or an editor has spoilt are left out, and a warning says how many.
+
         Args:
             first_step: that step; 0 for a new run.
             tensorboard: write TensorBoard events as well.
 
         Raises:
-            BadInput: what an earlier run left cannot be cut, or tensorboard is not installed.
+            BadInput: what an earlier run left cannot be read or cut, or tensorboard is not installed.
         """
         if self.output_dir:
             if tensorboard:
@@ -123,25 +130,32 @@ class RunLog:
                 self._events.close()
 
     def _go_on_from(self, first_step: int) -> None:
-        """Cut off the lines of steps that are to come, and what a crash left of a line; remember the others' losses."""
-        kept = {"main.log": [], "metrics.jsonl": []}
-        for line in self._lines("main.log"):
-            match = re.fullmatch(r"s:(\d+) (trl|tel):(\S+)\n", line)
-            if match and int(match[1]) < first_step:
-                kept["main.log"].append(line)
-                losses = self.train_losses if match[2] == "trl" else self.val_losses
-                losses.append((int(match[1]), float(match[3])))
-        for line in self._lines("metrics.jsonl"):
-            if _step_of(line) < first_step:
-                kept["metrics.jsonl"].append(line)
-        for name, lines in kept.items():
-            if lines != self._lines(name):
+        """Cut off the lines of steps that are to come, and what is no whole line; remember the others' losses."""
+        for name, parse in (("main.log", _parse_main), ("metrics.jsonl", _parse_metrics)):
+            content, kept, spoilt = self._content(name), bytearray(), 0
+            for line in io.BytesIO(content):
+                parsed = parse(line)
+                if parsed is None:
+                    spoilt += 1
+                elif parsed[0] < first_step:
+                    kept += line
+                    if parsed[1]:
+                        (self.train_losses if parsed[1] == "trl" else self.val_losses).append((parsed[0], parsed[2]))
+            if spoilt:
+                tell(f"warning: {self.output_dir / name}: lines that cannot be read are left out: {spoilt}")
+            if kept != content:
                 with atomic_write(self.output_dir / name) as file:
-                    file.write("".join(lines).encode())
+                    file.write(kept)
 
-    def _lines(self, name: str) -> list[str]:
+    def _content(self, name: str) -> bytes:
         path = self.output_dir / name
-        return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+        try:
+            with open_regular(path) as file:
+                return file.read()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise BadInput(f"cannot read {path}: {error.strerror}; move it away") from error
 
     def _append(self, name: str, lines: str) -> None:
         if self.output_dir:
@@ -173,12 +187,20 @@ class RunLog:
             self._refused.add(name)
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite where it is not a whole line."""
+def _parse_main(line: bytes) -> tuple[int, str, float] | None:
+    """(step, trl or tel, loss) of a line of main.log; None where it is not a whole one."""
+    match = re.fullmatch(rb"s:([0-9]{1,18}) (trl|tel):(-?[0-9]{1,40}\.[0-9]{6}|-?inf|nan)\n", line)
+    return (int(match[1]), match[2].decode(), float(match[3])) if match else None
+
+
+def _parse_metrics(line: bytes) -> tuple[int, None, None] | None:
+    """(step, None, None) of a line of metrics.jsonl; None where it is not a whole one."""
+    if not line.endswith(b"\n") or len(line) > LONGEST_LINE:
+        return None
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        return require(parse_json(line), {"step": integer()})["step"], None, None
+    except ValueError:
+        return None
 
 
 def _tensorboard_writer():

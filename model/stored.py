@@ -1,0 +1,252 @@
+"""Tensors in the files of others: safetensors, and what torch.save wrote.
+
+Names, shapes and dtypes come from the files' headers, before any tensor is read. torch.load is not called, not even
+with `weights_only`: it trusts the sizes in the pickle, decompresses what is compressed, and makes objects that are
+larger than the file.
+"""
+
+import collections
+import functools
+import io
+import math
+import os
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+from readers import JSON_LIMIT, integer, listed, one_of, parse_json, require
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file, whose bytes are read when they are asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+    """raises ValueError where the file has not what it promised"""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What masks may have, which nobody reads.
+_SAFETENSORS_DTYPES |= {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+"""what torch.save begins with where it writes no zip file"""
+
+_STORAGES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.BoolStorage": torch.bool,
+    "torch.ByteStorage": torch.uint8,
+    "torch.CharStorage": torch.int8,
+    "torch.IntStorage": torch.int32,
+    "torch.LongStorage": torch.int64,
+}
+
+_ENTRY = {
+    "dtype": one_of(*_SAFETENSORS_DTYPES),
+    "shape": listed(integer(), high=8),
+    "data_offsets": listed(integer(), 2, 2),
+}
+
+
+def safetensors(file: BinaryIO) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file (https://github.com/huggingface/safetensors), by name.
+
+    Raises:
+        ValueError: the header is none, or its tensors are not side by side from the first byte to the last.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    start = 8 + length
+    if size < 8 or length > JSON_LIMIT or start > size:
+        raise ValueError(f"its header claims {length:,} bytes, and the file has {size:,}")
+    header = parse_json(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        require(entry, _ENTRY, name)
+        dtype, shape, (begin, end) = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name}: its shape and its data_offsets are not of one size")
+        spans.append((begin, end))
+        tensors[name] = StoredTensor(shape, dtype, functools.partial(_from_file, file, start + begin, dtype, shape))
+    spans.sort()
+    if [begin for begin, _ in spans] + [size - start] != [0] + [end for _, end in spans]:
+        raise ValueError("the tensors in its header do not fill the file")
+    return tensors
+
+
+def _from_file(file: BinaryIO, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    n_bytes = math.prod(shape) * dtype.itemsize
+    content = bytearray(n_bytes)
+    file.seek(start)
+    if file.readinto(content) != n_bytes:
+        raise ValueError("the file was cut meanwhile")
+    return torch.frombuffer(content, dtype=dtype).view(shape) if n_bytes else torch.empty(shape, dtype=dtype)
+
+
+def torch_tensors(file: BinaryIO) -> Any:
+    """The tensors in what `torch.save` wrote: a StoredTensor for a tensor, a dict of them for a state_dict.
+
+    There are two formats: a zip file, and pickles in a row, from before torch 1.6.
+
+    Raises:
+        ValueError: it is something else, or not whole.
+    """
+    try:
+        return _Zipped(file).load() if zipfile.is_zipfile(file) else _InARow(file).load()
+    except ValueError:
+        raise
+    except Exception as error:  # zip files and pickles that are broken raise all sorts
+        raise ValueError(f"it is nothing that torch.save wrote: {error or type(error).__name__}") from error
+
+
+class _Saved:
+    """What the two formats have in common: a pickle in which tensors name storages, which are somewhere else."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.size = file.seek(0, 2)
+        self.storages: dict[str, tuple[torch.dtype, int]] = {}
+
+    def unpickle(self, file: BinaryIO) -> Any:
+        classes = _STORAGES | {
+            "torch._utils._rebuild_tensor_v2": lambda *given: self._rebuild(*given),
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "collections.OrderedDict": lambda *_: collections.OrderedDict(),
+        }
+        return unpickle(file, classes, self._storage)
+
+    def _storage(self, reference: Any) -> tuple[str, torch.dtype, int]:
+        kind, dtype, key, _, n_elements, *view = reference
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or any(view):
+            raise ValueError("it names something that is no storage")
+        require({"n": n_elements}, {"n": integer()})
+        self.storages[key] = dtype, n_elements
+        return key, dtype, n_elements
+
+    def _rebuild(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+        key, dtype, n_elements = storage
+        if not (type(shape) is type(stride) is tuple and len(shape) == len(stride) <= 8):
+            raise ValueError("a tensor has no shape")
+        for value in (offset, *shape, *stride):
+            require({"a size": value}, {"a size": integer()})
+        last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
+        if 0 in shape or last >= n_elements or math.prod(shape) > n_elements:
+            raise ValueError(f"a tensor of shape {shape} is not in its storage of {n_elements} elements")
+
+        def read() -> torch.Tensor:
+            values = torch.frombuffer(self.content(key), dtype=dtype)
+            if len(values) != n_elements:
+                raise ValueError("a storage is not of the size that is claimed")
+            return values.as_strided(shape, stride, offset)
+
+        return StoredTensor(shape, dtype, read)
+
+    def content(self, key: str) -> bytearray:
+        """The bytes of a storage."""
+        raise NotImplementedError
+
+
+class _Zipped(_Saved):
+    def load(self) -> Any:
+        self.zip = zipfile.ZipFile(self.file)
+        pickles = [name for name in self.zip.namelist() if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("there is no data.pkl in it")
+        self.folder = pickles[0].removesuffix("data.pkl")
+        order = self.folder + "byteorder"
+        if order in self.zip.namelist() and self._record(order) != b"little":
+            raise ValueError("it was written on a big-endian machine")
+        return self.unpickle(io.BytesIO(self._record(pickles[0])))
+
+    def content(self, key: str) -> bytearray:
+        try:
+            return self._record(f"{self.folder}data/{key}")
+        except (KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"a storage cannot be read: {error}") from error
+
+    def _record(self, name: str) -> bytearray:
+        info = self.zip.getinfo(name)
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > self.size:
+            raise ValueError(f"{name} is compressed, or larger than the file")
+        with self.zip.open(info) as record:
+            return bytearray(record.read())
+
+
+class _InARow(_Saved):
+    """Magic number, version, sizes of C types, tensors, keys; then the storage of each key, after its length."""
+
+    def load(self) -> Any:
+        self.file.seek(0)
+        if unpickle(self.file, {}) != _MAGIC:
+            raise ValueError("it begins like nothing that torch.save writes")
+        for _ in range(2):
+            unpickle(self.file, {})
+        tensors, keys = self.unpickle(self.file), unpickle(self.file, {})
+        self.starts, at = {}, self.file.tell()
+        for key in keys:
+            dtype, n_elements = self.storages[key]
+            self.starts[key] = at + 8, n_elements * dtype.itemsize
+            at += 8 + n_elements * dtype.itemsize
+        if at != self.size:
+            raise ValueError(f"its storages end at byte {at:,} of {self.size:,}")
+        return tensors
+
+    def content(self, key: str) -> bytearray:
+        start, n_bytes = self.starts[key]
+        self.file.seek(start)
+        return bytearray(self.file.read(n_bytes))
+
+
+def unpickle(file: BinaryIO, classes: Mapping[str, Any], persistent_load: Callable[[Any], Any] | None = None) -> Any:
+    """Read one pickle. Nothing is called that is not in a table.
+
+    A pickle may also set attributes of what it names, so what the table holds is made for this one call, or cannot be
+    changed. None of it may copy its arguments, or a small pickle could ask for much memory.
+
+    Args:
+        file: where the pickle begins.
+        classes: what stands for a name in the pickle, by "module.name".
+        persistent_load: what stands for a reference to something outside the pickle; None where there is none.
+
+    Raises:
+        ValueError: it is no whole pickle, or names something else.
+    """
+    start = file.tell()
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if f"{module}.{name}" not in classes:
+                raise ValueError(f"its pickle names {module}.{name}, which has no place in it")
+            return classes[f"{module}.{name}"]
+
+        def persistent_load(self, reference: Any) -> Any:
+            if persistent_load is None:
+                raise ValueError("its pickle refers to something outside")
+            return persistent_load(reference)
+
+    try:
+        for count, (opcode, value, _) in enumerate(pickletools.genops(file)):
+            # pickle sets aside memory for all indices below the one that is used.
+            if opcode.name.endswith("PUT") and value > count:
+                raise ValueError("its pickle leaves out indices")
+        file.seek(start)
+        return Unpickler(file).load()
+    except ValueError:
+        raise
+    except Exception as error:  # a broken pickle raises all sorts
+        raise ValueError(f"it is no pickle that can be read: {error or type(error).__name__}") from error
