@@ -188,17 +188,21 @@ def _download(name: str) -> Path:
         why_not = _first_line(error)
     weights = next((file for file in _WEIGHTS if file in files), _WEIGHTS[0])
     shards = ["model-*.safetensors", "pytorch_model-*.bin"] if weights.endswith(".json") else []
+    showed_bars = not huggingface_hub.utils.are_progress_bars_disabled()
+    huggingface_hub.utils.disable_progress_bars()
     try:
-        with _quiet():
-            folder = huggingface_hub.snapshot_download(
-                source, allow_patterns=["config.json", weights, *shards], local_files_only=why_not is not None
-            )
-        return Path(folder)
+        patterns = ["config.json", weights, *shards]
+        return Path(
+            huggingface_hub.snapshot_download(source, allow_patterns=patterns, local_files_only=why_not is not None)
+        )
     except Exception as error:
         raise BadInput(
             f"--model {name}: not to be had from Hugging Face's hub: {why_not or _first_line(error)}; name a local "
             "folder, or start from random weights with --model d12"
         ) from error
+    finally:
+        if showed_bars:
+            huggingface_hub.utils.enable_progress_bars()
 
 
 def _first_line(error: Exception) -> str:

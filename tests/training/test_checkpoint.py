@@ -174,16 +174,13 @@ def spoil(folder: Path, how: str) -> str:
         file.write_bytes(content[:99] + bytes([content[99] ^ 1]) + content[100:])
     elif how == "missing":
         file.unlink()
-    elif how == "added":
-        file = folder / "notes"
-        file.write_text("mine")
     else:
         file = folder / "SHA256SUMS"
         file.write_bytes(file.read_bytes()[:70] if how == "sums cut" else b"\xff")
     return str(folder.name if how == "sums cut" else f"{folder.name}/{file.name}")
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "state", "missing", "added", "sums cut", "sums broken"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "state", "missing", "sums cut", "sums broken"])
 def test_damaged_checkpoint_is_refused_by_name_and_auto_takes_the_one_before(run_tiny, tiny, capsys, how):
     whole = run_tiny(**FLAGS, checkpoint_every=10)
     newest, before = (whole.output_dir / "checkpoints" / f"step_{step}" for step in (20, 10))
@@ -206,6 +203,75 @@ def test_damaged_checkpoint_is_refused_by_name_and_auto_takes_the_one_before(run
     assert stopped.value.code == 2 and "none of the 1 checkpoints" in capsys.readouterr().err
 
 
+def test_checkpoint_is_resumed_from_whatever_else_lies_in_it(run_tiny):
+    """A file manager's notes, and a state from before tokens were counted."""
+    whole = run_tiny(**FLAGS, checkpoint_every=10)
+    folder = whole.output_dir / "checkpoints" / "step_10"
+    (folder / ".DS_Store").write_text("mine")
+    state = json.loads((folder / "state.json").read_text())
+    assert state.pop("tokens") == 10 * 256
+    (folder / "state.json").write_text(json.dumps(state))
+    make_sums_fit(folder)
+    assert without_times(run_tiny(**FLAGS, resume=folder)) == without_times(whole)[10:]
+
+
+def make_sums_fit(folder: Path) -> None:
+    names = [line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    (folder / "SHA256SUMS").write_text("".join(f"{checkpoint.sha256(folder / name)}  {name}\n" for name in names))
+
+
+def test_links_and_strays_among_checkpoints_stop_nothing_and_are_not_followed(run_tiny, tmp_path):
+    """A checkpoint was moved to an archive, and a link put in its place; and whatever may bear a reserved name."""
+    run = run_tiny(**FLAGS, checkpoint_every=5, keep=9)
+    folder, archive = run.output_dir / "checkpoints", tmp_path / "archive"
+    archive.mkdir()
+    for step in (5, 20):
+        (folder / f"step_{step}").rename(archive / f"step_{step}")
+        (folder / f"step_{step}").symlink_to(archive / f"step_{step}")
+    (folder / "step_20.aside").symlink_to(archive)
+    (folder / ".step_20.part").symlink_to(archive)
+    (folder / ".step_21.part").write_text("half")
+    (folder / ".step_notes").mkdir()
+    (folder / "step_30").write_text("a file")
+    (folder / "step_40").symlink_to(tmp_path / "nowhere")
+    (folder / "step_050").mkdir()
+    before = everything_in(archive)
+
+    assert "20 of 20 steps are done" in run_tiny(**FLAGS, resume="auto", output_dir=run.output_dir).screen
+    assert not any(os.path.lexists(folder / name) for name in (".step_20.part", ".step_21.part", "step_30", "step_40"))
+    again = run_tiny(**FLAGS, resume=folder / "step_15", output_dir=run.output_dir, checkpoint_every=2, keep=1)
+    assert os.readlink(folder / "step_20.aside") == str(archive / "step_20")
+    assert again.losses == run.losses and "warning" not in again.screen
+    assert steps_there(again) == [20, 5] and (folder / "step_5").is_symlink()
+    assert (folder / ".step_notes").is_dir() and (folder / "step_050").is_dir()
+    assert everything_in(archive) == before
+    assert "20 of 20 steps are done" in run_tiny(**FLAGS, resume="auto", output_dir=run.output_dir).screen
+
+
+def test_checkpoint_under_another_steps_name_is_refused(run_tiny, capsys):
+    whole = run_tiny(**FLAGS, checkpoint_every=10)
+    folder = whole.output_dir / "checkpoints" / "step_10"
+    folder.rename(folder.with_name("step_12"))
+    with pytest.raises(SystemExit):
+        run_tiny(**FLAGS, resume=folder.with_name("step_12"))
+    assert "it is of step 10" in capsys.readouterr().err
+
+
+def test_part_that_is_a_link_is_not_written_through(run_tiny, tmp_path, monkeypatch):
+    save = checkpoint.Checkpoints.save
+    (tmp_path / "outside").mkdir()
+
+    def plant(self, state):
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / f".step_{state.step}.part").symlink_to(tmp_path / "outside")
+        save(self, state)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", plant)
+    run = run_tiny(**FLAGS | {"num_iterations": 4}, checkpoint_every=4)
+    assert "the checkpoint of step 4 was not written" in run.screen and "is a link" in run.screen
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
 def test_run_of_another_configuration_is_refused_field_by_field(run_tiny, capsys):
     whole = run_tiny(**FLAGS, checkpoint_every=10)
     other = FLAGS | {"learning_rate": 1e-3, "num_iterations": 30, "total_batch_size": 4 * STRIDE * 16}
@@ -220,8 +286,12 @@ def test_run_of_another_configuration_is_refused_field_by_field(run_tiny, capsys
     ):
         assert difference in line
     assert "warmup_iters" not in line
-    run = run_tiny(**other, resume=whole.output_dir, resume_override=1)
+    run = run_tiny(**other, resume=whole.output_dir, resume_override=1, checkpoint_every=5)
     assert [line["step"] for line in run.metrics] == list(range(20, 30))
+    tokens = [line["tokens"] for line in whole.metrics + run.metrics]
+    assert tokens == [256 * (n + 1) for n in range(20)] + [20 * 256 + 512 * (n + 1) for n in range(10)]
+    again = run_tiny(**other, resume=run.output_dir / "checkpoints" / "step_25")
+    assert [line["tokens"] for line in again.metrics] == tokens[25:]
 
 
 @pytest.mark.parametrize("shape", [{"n_layer": 1}, {"n_layer": 3}, {"n_embd": 16}, {"block_size": 16}])

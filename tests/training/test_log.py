@@ -167,6 +167,47 @@ def test_what_a_crash_left_of_a_line_is_cut(tmp_path, junk):
     assert [json.loads(line)["step"] for line in lines] == [0, 1]
 
 
+NUL = b"\0" * 40
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "spoilt"),
+    [
+        (
+            "main.log",
+            [b"s:0 trl:1.000000", b"s:0 tel:nan", b"s:1 trl:-inf"],
+            [
+                NUL,
+                b"s:1 trl:",
+                b"s:1 trl:x",
+                b"s:1 trl:1e5",
+                b"s:x trl:1.000000",
+                b"s:\xd9\xa3 trl:1.000000",
+                NUL + b"s:1",
+            ],
+        ),
+        (
+            "metrics.jsonl",
+            [b'{"step": 0, "loss": 1.0}', b'{"step": 1, "loss": null}'],
+            [
+                b'{"step": %s}' % step
+                for step in (b"null", b'"1"', b"-1", b"true", b"1.0", b"NaN", b"1e999", b"9" * 5000)
+            ]
+            + [NUL, b"[]", b"1", b'{"loss": 1.0}', b'{"step": 1', b"[" * 100_000],
+        ),
+    ],
+)
+def test_spoilt_lines_are_left_out_and_counted(tmp_path, capsys, name, good, spoilt):
+    lines = [line for pair in zip(good, spoilt, strict=False) for line in pair] + spoilt[len(good) :]
+    (tmp_path / name).write_bytes(b"\n".join([*lines, b"s:1 trl:1.00000"]))  # and half a line at the end
+    RunLog(tmp_path).open(first_step=9)
+    told = f"warning: {tmp_path / name}: lines that cannot be read are left out: {len(spoilt) + 1}\n"
+    assert capsys.readouterr().out == told
+    assert (tmp_path / name).read_bytes().splitlines() == good
+    RunLog(tmp_path).open(first_step=1).draw()
+    assert capsys.readouterr().out == ""
+
+
 def test_events_of_a_run_that_begins_anew_replace_the_old_ones(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
