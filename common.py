@@ -73,7 +73,7 @@ def exit_on_signal(program: str) -> Iterator[None]:
             signal.signal(number, stop)
         yield
     except Stopped as stopped:
-        print(f"{program}: {stopped}", file=sys.stderr, flush=True)
+        tell(f"{program}: {stopped}", sys.stderr)
         raise SystemExit(128 + received[0]) from None
     finally:
         for number, old in handlers.items():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from common import BadInput, atomic_folder, exit_on_bad_input, lenient_streams, refuse_if_occupied, write_errors
+from common import BadInput, atomic_folder, exit_on_bad_input, lenient_streams, refuse_if_occupied, tell, write_errors
 from kernels.ops import EAGER, Ops
 from model import llmc
 from model.gpt import GPT, GPTConfig
@@ -344,10 +344,10 @@ def main(argv: list[str] | None = None) -> None:
         has_tokenizer = export(args.run, args.folder, vocabulary_files())
         name = repr(str(args.folder))
         if has_tokenizer:
-            print(f"load it with GPT2LMHeadModel.from_pretrained({name}) and AutoTokenizer.from_pretrained({name})")
+            tell(f"load it with GPT2LMHeadModel.from_pretrained({name}) and AutoTokenizer.from_pretrained({name})")
         else:
-            print(f"load it with GPT2LMHeadModel.from_pretrained({name})")
-            print("no tokenizer is written: the vocabulary of this network is not GPT-2's")
+            tell(f"load it with GPT2LMHeadModel.from_pretrained({name})")
+            tell("no tokenizer is written: the vocabulary of this network is not GPT-2's")
 
 
 if __name__ == "__main__":
