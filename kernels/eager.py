@@ -126,7 +126,8 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
 def _split_heads(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, ...]:
     """(B, T, 3C) to three views of (B, H, T, D)."""
     B, T, width = qkv.shape
-    return tuple(part.view(B, T, n_head, -1).transpose(1, 2) for part in qkv.split(width // 3, dim=2))
+    head_dim = width // 3 // n_head
+    return tuple(part.view(B, T, n_head, head_dim).transpose(1, 2) for part in qkv.split(width // 3, dim=2))
 
 
 def _merge_heads(y: torch.Tensor) -> torch.Tensor:

@@ -287,7 +287,7 @@ def test_the_gradient_has_no_gradient():
     hidden, logits, targets = head()
     loss = cross_entropy.cross_entropy(logits, targets)
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
         grad.sum().backward()
 
 
