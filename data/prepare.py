@@ -444,27 +444,16 @@ def _tokenise(documents: Iterable[Document], workers: int) -> Iterator[tuple[int
 def _in_workers(tasks: Iterator[list[Document]], workers: int) -> Iterator[tuple[int, np.ndarray]]:
     """The results of tasks in their order, from processes of which each has one task at a time.
 
-    Each process belongs to a thread at a time, which asks it through a pipe that no other process holds: either end
-    sees at once that the other one died, where a multiprocessing.Pool waits for ever. They are spawned, because a fork
-    would copy the locks of threads that the corpus runs.
+    Each process is asked by one thread at a time through a pipe that no other process holds: either end sees at once
+    that the other one died, where a multiprocessing.Pool waits for ever. They are spawned, because a fork would copy
+    the locks of threads that the corpus runs.
     """
     context = multiprocessing.get_context("spawn")
     processes, idle = [], queue.SimpleQueue()
 
-    def start() -> Connection:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        processes.append(process)
-        return ours
-
     def ask(task: list[Document]) -> tuple[int, np.ndarray]:
+        connection = idle.get()
         try:
-            try:
-                connection = idle.get_nowait()
-            except queue.Empty:
-                connection = start()
             connection.send(task)
             answer = connection.recv()
         except (EOFError, OSError) as error:
@@ -472,7 +461,8 @@ def _in_workers(tasks: Iterator[list[Document]], workers: int) -> Iterator[tuple
                 f"a process that tokenises died with {task[0].name} to {task[-1].name} at hand; if memory ran out, "
                 "give fewer --workers"
             ) from error
-        idle.put(connection)
+        finally:
+            idle.put(connection)
         if isinstance(answer, BadInput):
             raise answer
         return answer
@@ -483,6 +473,13 @@ def _in_workers(tasks: Iterator[list[Document]], workers: int) -> Iterator[tuple
         while True:
             # Not all at once, or the whole corpus would be read ahead of the workers.
             for task in itertools.islice(tasks, TASKS_A_WORKER * workers - len(pending)):
+                if len(processes) < workers:  # a small corpus starts few
+                    ours, theirs = context.Pipe()
+                    process = context.Process(target=_work, args=(theirs,), daemon=True)
+                    process.start()
+                    theirs.close()
+                    processes.append(process)
+                    idle.put(ours)
                 pending.append(threads.submit(ask, task))
             if not pending:
                 break

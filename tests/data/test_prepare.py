@@ -502,7 +502,7 @@ def time_limit(seconds: int):
     """Fail instead of waiting for ever."""
 
     def stop(number, frame):
-        raise TimeoutError(f"nothing for {seconds} s")
+        pytest.fail(f"nothing for {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -523,8 +523,9 @@ def test_worker_that_is_killed(tmp_path, monkeypatch, capfd):
             process.kill()
 
     monkeypatch.setattr(prepare, "write_shard", kill)  # as soon as there are tokens
-    with time_limit(60), pytest.raises(SystemExit) as stopped:
-        prepare.main(["text", str(path), "--output_dir", str(tmp_path / "out"), "--workers", "2"])
+    with time_limit(120), pytest.raises(SystemExit) as stopped:
+        argv = ["text", str(path), "--output_dir", str(tmp_path / "out"), "--workers", "2"]
+        prepare.main([*argv, "--val_tokens", "10"])  # so that most of the text is still to come
     (line,) = capfd.readouterr().err.splitlines()
     first, last = re.findall(rf"{path}, line (\d+)", line)
     assert stopped.value.code == 2 and 0 < int(last) - int(first) < 64 and "died with" in line
@@ -537,7 +538,7 @@ def test_document_that_the_tokenizer_fails_on(tmp_path, capfd, workers):
     (tmp_path / "fine.txt").write_text("fine")
     (tmp_path / "long.txt").write_text(1_000_000 * " " + "x")
     argv = ["text", str(tmp_path / "fine.txt"), str(tmp_path / "long.txt"), "--output_dir", str(tmp_path / "out")]
-    with time_limit(60), pytest.raises(SystemExit) as stopped:
+    with time_limit(120), pytest.raises(SystemExit) as stopped:
         prepare.main([*argv, "--workers", str(workers)])
     (line,) = capfd.readouterr().err.splitlines()
     assert stopped.value.code == 2 and line.startswith(
