@@ -108,7 +108,7 @@ def into_bin(model: Path, zipped: bool = True) -> None:
 
 def make_sums_fit(folder: Path) -> None:
     """What somebody does who changes a checkpoint on purpose."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != "SHA256SUMS" and path.is_file())
+    names = [".metadata", "state.json", *(path.name for path in folder.glob("*.distcp"))]
     sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     (folder / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
@@ -670,6 +670,7 @@ def fuzz(reader: str, folders: dict[str, Path], folder: Path, shards: Path, exam
             assert line.isprintable() and len(line) < 2000
             counts["refused"] += 1
 
+    read(folder)  # it is the changes that are refused
     check()
     return counts, largest
 
