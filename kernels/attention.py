@@ -295,7 +295,7 @@ def _launch(
 
 def _configure(
     op: str, owns: str, shape: tuple[int, int, int, int], q: torch.Tensor, precision: str
-) -> tuple[tuple[int, int, int], dict]:
+) -> tuple[tuple[int, ...], dict]:
     B, H, T, D = shape
     row = launch.lookup(op, q.device, q.element_size(), D)
     constants = {
@@ -310,7 +310,7 @@ def _configure(
         "num_stages": row.num_stages,
         "maxnreg": row.max_registers,
     }
-    return (launch.cdiv(T, getattr(row, owns)) * B * H, 1, 1), constants
+    return (launch.cdiv(T, getattr(row, owns)) * B * H,), constants
 
 
 def _forward(shape: tuple[int, int, int, int], q: Heads, k: Heads, v: Heads, o: Heads) -> torch.Tensor:

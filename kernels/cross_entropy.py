@@ -274,7 +274,7 @@ def _launch(
         launch.run(kernel, tensors, numbers, lambda: _configure(logits, constexprs), facts)
 
 
-def _configure(logits: torch.Tensor, constexprs: dict[str, bool]) -> tuple[tuple[int, int, int], dict]:
+def _configure(logits: torch.Tensor, constexprs: dict[str, bool]) -> tuple[tuple[int, ...], dict]:
     n_rows, n_cols = logits.shape
     row = launch.lookup("cross_entropy", logits.device, logits.element_size(), n_cols)
     constants = constexprs | {
@@ -284,7 +284,7 @@ def _configure(logits: torch.Tensor, constexprs: dict[str, bool]) -> tuple[tuple
         "num_warps": row.num_warps,
         "num_stages": row.num_stages,
     }
-    return (n_rows, 1, 1), constants
+    return (n_rows,), constants
 
 
 def _mean(
@@ -303,14 +303,14 @@ def _mean(
     return loss, n_counted
 
 
-def _configure_mean(losses: torch.Tensor) -> tuple[tuple[int, int, int], dict]:
+def _configure_mean(losses: torch.Tensor) -> tuple[tuple[int, ...], dict]:
     row = launch.lookup("cross_entropy", losses.device, losses.element_size())
     constants = {
         "BLOCK_N": min(row.block_n, launch.next_power_of_2(len(losses))),
         "num_warps": row.num_warps,
         "num_stages": row.num_stages,
     }
-    return (1, 1, 1), constants
+    return (1,), constants
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -84,7 +84,7 @@ def _forward(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: tor
     return y
 
 
-def _configure(y: torch.Tensor) -> tuple[tuple[int, int, int], dict]:
+def _configure(y: torch.Tensor) -> tuple[tuple[int, ...], dict]:
     B, T, C = y.shape
     row = launch.lookup("embedding", y.device, y.element_size(), C)
     constants = {

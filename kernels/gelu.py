@@ -55,7 +55,7 @@ def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor) -> None:
         launch.run(kernel, tensors, (x.numel(),), lambda: _configure(x))
 
 
-def _configure(x: torch.Tensor) -> tuple[tuple[int, int, int], dict]:
+def _configure(x: torch.Tensor) -> tuple[tuple[int, ...], dict]:
     row = launch.lookup("gelu", x.device, x.element_size())
     constants = {
         "COMPUTE_DTYPE": launch.compute_dtype(x.dtype),
@@ -63,7 +63,7 @@ def _configure(x: torch.Tensor) -> tuple[tuple[int, int, int], dict]:
         "num_warps": row.num_warps,
         "num_stages": row.num_stages,
     }
-    return (launch.cdiv(x.numel(), row.block_n), 1, 1), constants
+    return (launch.cdiv(x.numel(), row.block_n),), constants
 
 
 def _empty(x: torch.Tensor) -> torch.Tensor:

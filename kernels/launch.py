@@ -174,7 +174,7 @@ def run(
     kernel: triton.JITFunction,
     tensors: Sequence[torch.Tensor | None],
     numbers: Sequence[int | float | None],
-    configure: Callable[[], tuple[tuple[int, int, int], dict[str, Any]]],
+    configure: Callable[[], tuple[tuple[int, ...], dict[str, Any]]],
     facts: Any = None,
 ) -> None:
     """Launch `kernel[grid](*tensors, *numbers, **constants)` on the device of the first tensor.
@@ -213,10 +213,11 @@ def run(
     return None
 
 
-def _launcher(compiled: Any, grid: tuple[int, int, int], device: int, constexprs: list) -> Callable:
+def _launcher(compiled: Any, grid: tuple[int, ...], device: int, constexprs: list) -> Callable:
     """A function that launches what the JIT compiled, as the JIT does, with other pointers; Triton's profiler is not
     told."""
     before = (compiled.function, compiled.packed_metadata, None, None, None)
+    grid = (*grid, 1, 1)[:3]
     launch, stream_of = compiled.run, triton.runtime.driver.active.get_current_stream
 
     def launch_again(pointers: Sequence[int | None], numbers: Sequence[int | float | None]) -> None:

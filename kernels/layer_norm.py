@@ -174,7 +174,7 @@ def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return rows, rows.stride(0)
 
 
-def _configure(op: str, r: torch.Tensor, *strides: int | None, **flags: bool) -> tuple[tuple[int, int, int], dict]:
+def _configure(op: str, r: torch.Tensor, *strides: int | None, **flags: bool) -> tuple[tuple[int, ...], dict]:
     """A grid of programs that share the rows of r, and the constants of `op`, which reads rows of these strides."""
     n_cols = r.shape[-1]
     row = launch.lookup(op, r.device, r.element_size(), n_cols)
@@ -187,7 +187,7 @@ def _configure(op: str, r: torch.Tensor, *strides: int | None, **flags: bool) ->
         "NUM_STAGES": row.num_stages,
         "num_warps": row.num_warps,
     }
-    return (_n_programs(row, r), 1, 1), constants
+    return (_n_programs(row, r),), constants
 
 
 def _n_programs(row: launch.Row, r: torch.Tensor) -> int:
@@ -259,11 +259,11 @@ def _launch_backward(
     )
 
 
-def _configure_partials(partials: torch.Tensor) -> tuple[tuple[int, int, int], dict]:
+def _configure_partials(partials: torch.Tensor) -> tuple[tuple[int, ...], dict]:
     n_cols = partials.shape[-1]
     row = launch.lookup("layer_norm_partials", partials.device, partials.element_size())
     constants = {"N_COLS": n_cols, "BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "num_warps": row.num_warps}
-    return (launch.cdiv(n_cols, row.block_n), 1, 1), constants
+    return (launch.cdiv(n_cols, row.block_n),), constants
 
 
 def _empty(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
