@@ -60,6 +60,26 @@ def _load(ptrs, offs_row, T, offs_d, EVEN_ROWS: tl.constexpr, HEAD_DIM: tl.const
 
 
 @triton.jit
+def _operand(x, INPUT_PRECISION: tl.constexpr):
+    """x as a product takes it. For TF32 the tensor cores drop the last 13 bits of fp32, which biases every product
+    towards zero, so round first: to nearest, ties away from zero, as cuBLAS does. ptxas makes the same three
+    instructions of this as of cvt.rna.tf32, which the interpreter lacks; infinity and NaN stay what they are."""
+    if INPUT_PRECISION == "tf32" and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(tl.abs(x) < float("inf"), tl.add(bits, 0x1000, sanitize_overflow=False), bits)
+        x = (bits & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def _dot(a, b, acc, INPUT_PRECISION: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
+    """acc + a·b; acc may be None."""
+    a = _operand(a, INPUT_PRECISION)
+    b = _operand(b, INPUT_PRECISION)
+    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=COMPUTE_DTYPE)
+
+
+@triton.jit
 def _load_row(ptrs, offs_row, T, EVEN_ROWS: tl.constexpr):
     """One number a row, zero beyond T."""
     return tl.load(ptrs) if EVEN_ROWS else tl.load(ptrs, mask=offs_row < T, other=0.0)
@@ -116,7 +136,7 @@ def _attention_fwd_kernel(
         for start_n in tl.range(start, stop, BLOCK_N):
             step = tl.cast(start_n, tl.int64)
             k = _load(k_ptrs + step * stride_kn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+            s = _dot(q, tl.trans(k), None, INPUT_PRECISION, COMPUTE_DTYPE)
             if not IS_FULL:
                 s = tl.where(offs_m[:, None] >= start_n + offs_n[None, :], s, float("-inf"))
             # The first tile has a key for every query, so that m_new is never −inf, and nothing below −inf − −inf.
@@ -126,7 +146,7 @@ def _attention_fwd_kernel(
             l_i = l_i * alpha + tl.sum(p, 1)
             acc = acc * alpha[:, None]
             v = _load(v_ptrs + step * stride_vn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=INPUT_PRECISION, out_dtype=COMPUTE_DTYPE)
+            acc = _dot(p.to(v.dtype), v, acc, INPUT_PRECISION, COMPUTE_DTYPE)
             m_i = m_new
 
     o_ptrs = _pointers(o_ptr, b, h, offs_m, offs_d, stride_ob, stride_oh, stride_om, stride_od)
@@ -163,7 +183,7 @@ def _attention_bwd_dq_kernel(
     do_ptrs = _pointers(do_ptr, b, h, offs_m, offs_d, stride_dob, stride_doh, stride_dom, stride_dod)
     o = _load(o_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
     do = _load(do_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
-    delta = tl.sum(o.to(COMPUTE_DTYPE) * do.to(COMPUTE_DTYPE), 1)
+    delta = tl.sum(o.to(COMPUTE_DTYPE) * _operand(do, INPUT_PRECISION).to(COMPUTE_DTYPE), 1)
     tl.store(delta_ptr + rows, delta, mask=offs_m < T)
 
     q_ptrs = _pointers(q_ptr, b, h, offs_m, offs_d, stride_qb, stride_qh, stride_qm, stride_qd)
@@ -181,13 +201,13 @@ def _attention_bwd_dq_kernel(
             step = tl.cast(start_n, tl.int64)
             k = _load(k_ptrs + step * stride_kn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
             v = _load(v_ptrs + step * stride_vn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+            s = _dot(q, tl.trans(k), None, INPUT_PRECISION, COMPUTE_DTYPE)
             p = _probabilities(s * qk_scale, lse[:, None])
             if not IS_FULL:
                 p = tl.where(last_key[:, None] >= start_n + offs_n[None, :], p, 0.0)
-            dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
+            dp = _dot(do, tl.trans(v), None, INPUT_PRECISION, COMPUTE_DTYPE)
             ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION, out_dtype=COMPUTE_DTYPE)
+            dq = _dot(ds.to(k.dtype), k, dq, INPUT_PRECISION, COMPUTE_DTYPE)
 
     dq_ptrs = _pointers(dq_ptr, b, h, offs_m, offs_d, stride_dqb, stride_dqh, stride_dqm, stride_dqd)
     _store(dq_ptrs, dq * HEAD_DIM**-0.5, offs_m, T, offs_d, HEAD_DIM)
@@ -237,19 +257,19 @@ def _attention_bwd_dkdv_kernel(
             # Everything is transposed, so that p and ds are left operands, which may stay in registers. Beyond T, q and
             # do are zero and p finite: nothing is added. lse and delta are loaded late: they would hold registers.
             q = _load(q_ptrs + step * stride_qm, rows, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
-            s_t = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
+            s_t = _dot(k, tl.trans(q), None, INPUT_PRECISION, COMPUTE_DTYPE)
             lse = _load_row(lse_ptrs + start_m, rows, T, EVEN_T) * LOG2_E
             p_t = _probabilities(s_t * qk_scale, lse[None, :])
             if not IS_FULL:
                 p_t = tl.where(rows[None, :] >= offs_n[:, None], p_t, 0.0)
             do = _load(do_ptrs + step * stride_dom, rows, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
-            dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=INPUT_PRECISION, out_dtype=COMPUTE_DTYPE)
-            dp_t = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
+            dv = _dot(p_t.to(do.dtype), do, dv, INPUT_PRECISION, COMPUTE_DTYPE)
+            dp_t = _dot(v, tl.trans(do), None, INPUT_PRECISION, COMPUTE_DTYPE)
             delta = _load_row(delta_ptrs + start_m, rows, T, EVEN_T)
             ds_t = p_t * (dp_t - delta[None, :])
             if not IS_FULL:
                 ds_t = tl.where(rows[None, :] > 0, ds_t, 0.0)  # as in the kernel above
-            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=INPUT_PRECISION, out_dtype=COMPUTE_DTYPE)
+            dk = _dot(ds_t.to(q.dtype), q, dk, INPUT_PRECISION, COMPUTE_DTYPE)
 
     dk_ptrs = _pointers(dk_ptr, b, h, offs_n, offs_d, stride_dkb, stride_dkh, stride_dkn, stride_dkd)
     dv_ptrs = _pointers(dv_ptr, b, h, offs_n, offs_d, stride_dvb, stride_dvh, stride_dvn, stride_dvd)
@@ -283,7 +303,7 @@ def _launch(
         return
     tensors, strides = zip(*heads, strict=True)
     numbers = (*itertools.chain.from_iterable(strides), shape[1], shape[2])
-    precision = launch.fp32_dot_precision()
+    precision = launch.fp32_dot_precision() if tensors[0].dtype == torch.float32 else "ieee"
     launch.run(
         kernel,
         (*tensors, *rows),

@@ -44,9 +44,10 @@ def choose(device_type: str) -> None:
 
 
 def _make_honest() -> bool:
-    """Mend the interpreter: bf16 casts round to nearest even, bf16 dots multiply numbers, the sum in a dot does not
-    depend on which operand comes first, and a masked load without `other` gives NaN where a GPU gives whatever it likes
-    (the interpreter's 0 would hide the mistake).
+    """Mend the interpreter: bf16 casts round to nearest even, bf16 dots multiply numbers, TF32 dots drop the last 13
+    bits of both operands as tensor cores do, the sum in a dot does not depend on which operand comes first, and a
+    masked load without `other` gives NaN where a GPU gives whatever it likes (the interpreter's 0 would hide the
+    mistake).
 
     A GPU adds the products of q·kᵀ and of k·qᵀ in one order, so that a backward pass that turns the matrix round finds
     the scores of the forward pass again, to the bit. NumPy leaves the order to its BLAS, which has one for every CPU.
@@ -56,6 +57,7 @@ def _make_honest() -> bool:
     """
     import numpy as np
     import triton.language as tl
+    from triton._C.libtriton.ir import INPUT_PRECISION
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     if hasattr(InterpreterBuilder, "is_honest"):
@@ -76,9 +78,14 @@ def _make_honest() -> bool:
             src = to_fp32(src)
         return to_bf16(src) if dst_type.scalar == tl.bfloat16 else cast(self, src, dst_type)
 
-    def honest_dot(self, a, b, d, *args):
-        a, b = (to_fp32(operand) if operand.dtype.scalar == tl.bfloat16 else operand for operand in (a, b))
-        total = np.matmul(a.data, b.data, dtype=np.float64) + d.data  # to be rounded once, whatever the order was
+    def operand(handle: TensorHandle, input_precision) -> np.ndarray:
+        if handle.dtype.scalar == tl.float32 and input_precision == INPUT_PRECISION.TF32:
+            return (handle.data.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+        return to_fp32(handle).data if handle.dtype.scalar == tl.bfloat16 else handle.data
+
+    def honest_dot(self, a, b, d, input_precision, *args):
+        a, b = operand(a, input_precision), operand(b, input_precision)
+        total = np.matmul(a, b, dtype=np.float64) + d.data  # to be rounded once, whatever the order was
         return TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
     def honest_masked_load(self, ptrs, mask, other, *args):

@@ -146,8 +146,12 @@ def capability(device: torch.device) -> int:
 
 
 def fp32_dot_precision() -> str:
-    """What `tl.dot` does with fp32: as torch's own matmuls, IEEE arithmetic unless TF32 was asked for."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """What `tl.dot` does with fp32: "tf32" where torch's own CUDA matmuls do it, else "ieee".
+
+    Reads the setting that torch gives cuBLAS, whichever of its setters made it. `torch.get_float32_matmul_precision`
+    raises once the newer setters were used.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def compute_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -1,4 +1,4 @@
-"""The mended interpreter: bfloat16, dots and masked loads mean there what they mean on a GPU."""
+"""The mended interpreter: bfloat16, TF32, dots and masked loads mean there what they mean on a GPU."""
 
 import subprocess
 import sys
@@ -20,9 +20,9 @@ def _cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 @triton.jit
-def _dot_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
+def _dot_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr, INPUT_PRECISION: tl.constexpr = "ieee"):
     offs = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(c_ptr + offs, tl.dot(tl.load(a_ptr + offs), tl.load(b_ptr + offs), input_precision="ieee"))
+    tl.store(c_ptr + offs, tl.dot(tl.load(a_ptr + offs), tl.load(b_ptr + offs), input_precision=INPUT_PRECISION))
 
 
 @triton.jit
@@ -66,6 +66,18 @@ def test_dots_give_the_same_bits_when_the_matrix_is_turned_round():
     _dot_kernel[(1,)](a, b, c, 64)
     _dot_kernel[(1,)](b.mT.contiguous(), a.mT.contiguous(), turned, 64)
     assert torch.equal(turned.mT, c)
+
+
+def test_dots_of_tf32_drop_the_last_13_bits():
+    """As the tensor cores do: whoever wants them rounded does it before."""
+    a, b = normal(16, 16), normal(16, 16, seed=1)
+    cut_a, cut_b = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (a, b))
+    c, of_cut, exact = torch.empty(3, 16, 16, device=DEVICE)
+    _dot_kernel[(1,)](a, b, c, 16, "tf32")
+    _dot_kernel[(1,)](cut_a, cut_b, of_cut, 16, "ieee")
+    _dot_kernel[(1,)](a, b, exact, 16, "ieee")
+    torch.testing.assert_close(c, of_cut, rtol=1e-5, atol=1e-5)
+    assert (c - exact).abs().max() > 1e-3
 
 
 @needs_interpreter  # a GPU may give anything for a masked load without other
