@@ -494,7 +494,8 @@ def causal_attention(q, k, v=None, /):
 
     Returns:
         (B, T, C), heads side by side, or (B, H, T, D); contiguous, in the inputs' dtype. Softmax and all sums are fp32
-        (fp64 in fp64). Products of fp32 inputs are IEEE, or TF32 where torch's own matmuls are.
+        (fp64 in fp64). Products of fp32 inputs are IEEE, or TF32 where torch's own CUDA matmuls are, of operands
+        rounded to nearest.
 
     Raises:
         ValueError: D is above 128, n_head does not divide C, q, k and v differ in shape, dtype or device, or no kernel

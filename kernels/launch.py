@@ -3,6 +3,11 @@
 Nothing is tuned at run time: all ranks launch the same programs, and every run gives the same bits. A new GPU is a few
 rows here. Where a row was measured, bench/results says so; the others follow from what `python -m bench.resources`
 reports of registers and shared memory.
+
+Two kinds of calls spill registers in every row that was tried. LayerNorm of more than 8,192 columns: backward up to 430
+bytes per thread, since with both sums, the weight, x and dy it has five fp32 numbers per column, and a multiprocessor
+has 65,536 registers; forward up to 64. Attention in 16 bits, up to 112 bytes, where T is no multiple of the tiles and
+head_dim, such as 80, is one of 16 and no power of two. Odd head_dims in fp32 spill 16 bytes at most.
 """
 
 import functools
@@ -33,6 +38,8 @@ class Row(NamedTuple):
     num_stages: int
     max_registers: int | None = None
     """a thread's, where a few fewer make room for another program on a multiprocessor and nothing spills"""
+    unaligned: bool = False
+    """whether it is for widths that 16 does not divide: each element has an address of its own, in registers"""
 
 
 ANY = 1 << 62
@@ -59,10 +66,11 @@ ROWS = (
     # A tile of 8192 elements in registers and the next one on its way; backward half as many, since the sums of dw and
     # db are in registers too. At most 99 KiB of shared memory with any dtypes, which is what the smaller GPUs have.
     *(Row("layer_norm", 0, width, 4, 8192 // width, 0, 16, 2) for width in WIDTHS),
-    Row("layer_norm", 0, 16384, 8, 1, 0, 16, 1),
+    Row("layer_norm", 0, 16384, 8, 1, 0, 32, 1),
     *(Row("layer_norm_backward", 0, width, 4, 4096 // width, 0, 16, 3) for width in WIDTHS[:-1]),
     Row("layer_norm_backward", 0, 8192, 4, 1, 0, 16, 2),
-    Row("layer_norm_backward", 0, 16384, 8, 1, 0, 16, 1),
+    Row("layer_norm_backward", 0, 10240, 8, 1, 0, 16, 1),
+    Row("layer_norm_backward", 0, 16384, 8, 1, 0, 32, 1),
     Row("layer_norm_partials", 0, ANY, 8, 64, 32, 4, 1),
     Row("embedding", 0, ANY, 8, 8, 256, 4, 1),
     Row("gelu", 0, ANY, 8, 1, 1024, 4, 1),
@@ -71,6 +79,12 @@ ROWS = (
     # programs on a multiprocessor, so that one multiplies while the other one exponentiates; and 128 queries where keys
     # and values come from L2, since 64 read them twice as often. In fp32 and fp64 all three have the same tiles: then
     # backward makes the scores in the bits that forward normalised, though the order of summing may follow the shape.
+    Row("attention", 80, 128, 2, 32, 32, 4, 2, unaligned=True),
+    Row("attention", 80, 64, 4, 32, 32, 8, 1, unaligned=True),
+    Row("attention_dq", 80, 128, 2, 32, 32, 8, 2, unaligned=True),
+    Row("attention_dq", 80, 64, 4, 32, 32, 8, 2, unaligned=True),
+    Row("attention_dkdv", 80, 64, 2, 32, 32, 8, 2, unaligned=True),
+    Row("attention_dkdv", 80, 128, 2, 16, 32, 8, 2, unaligned=True),
     *(row._replace(capability=120) for row in ATTENTION_80),
     Row("attention", 100, 64, 2, 128, 64, 4, 3),
     Row("attention", 100, 128, 2, 128, 64, 8, 2),
@@ -86,15 +100,15 @@ ROWS = (
     Row("attention", 0, 64, 2, 64, 64, 4, 2),
     Row("attention", 0, 128, 2, 64, 32, 4, 2),
     Row("attention", 0, 64, 4, 32, 32, 4, 2),
-    Row("attention", 0, 128, 4, 16, 32, 4, 2),
+    Row("attention", 0, 128, 4, 16, 32, 8, 2),
     Row("attention", 0, 128, 8, 16, 16, 4, 1),
     Row("attention_dq", 0, 128, 2, 64, 32, 4, 2),
     Row("attention_dq", 0, 64, 4, 32, 32, 4, 2),
-    Row("attention_dq", 0, 128, 4, 16, 32, 4, 2),
+    Row("attention_dq", 0, 128, 4, 16, 32, 8, 2),
     Row("attention_dq", 0, 128, 8, 16, 16, 4, 1),
     Row("attention_dkdv", 0, 128, 2, 32, 64, 4, 2),
     Row("attention_dkdv", 0, 64, 4, 32, 32, 8, 2),
-    Row("attention_dkdv", 0, 128, 4, 16, 32, 8, 2),
+    Row("attention_dkdv", 0, 128, 4, 16, 32, 8, 1),
     Row("attention_dkdv", 0, 128, 8, 16, 16, 4, 1),
     # By its registers, two or three programs on a multiprocessor where a row is read twice, the second time from L2: at
     # most 396 rows of GPT-2's vocabulary in 16 bits on an H100, 40 MB.
@@ -120,7 +134,8 @@ def lookup(op: str, device: torch.device, itemsize: int, width: int = 1) -> Row:
 @functools.cache
 def _first_row(op: str, at: int, itemsize: int, width: int) -> Row:
     for row in ROWS:
-        if row.op == op and at >= row.capability and width <= row.width and itemsize <= row.itemsize:
+        fits = at >= row.capability and width <= row.width and itemsize <= row.itemsize
+        if row.op == op and fits and (width % 16 or not row.unaligned):
             return row
     widest = max(row.width for row in ROWS if row.op == op)
     raise ValueError(f"{op} takes at most {widest} columns, and was given {width}")
