@@ -45,7 +45,8 @@ def _gelu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, n_elements, COMPUTE_DTYPE: tl.conste
     s = _sigmoid_2u(x)
     bounded = tl.minimum(tl.maximum(x, -SATURATED), SATURATED)
     slope = (bounded * bounded * (3.0 * CUBIC) + 1.0) * TWICE_SQRT_2_OVER_PI
-    tl.store(dx_ptr + offs, (dy * (s + x * (s * (1.0 - s) * slope))).to(dx_ptr.dtype.element_ty), mask=mask)
+    # bounded: a division that gives 1 − 2⁻²⁴ must not be multiplied by an x of 1e38.
+    tl.store(dx_ptr + offs, (dy * (s + bounded * (s * (1.0 - s) * slope))).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor) -> None:

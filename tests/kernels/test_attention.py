@@ -58,6 +58,20 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+def assert_same_but_for_delta(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """The same bf16 bits where strides differ; on a GPU, of the output and dv alone.
+
+    The compiler lays a tile of o and do out by their strides, so rows of o∘do are summed in another order. A delta that
+    differs in its last fp32 bit may round a summand of dq and dk, and then the sum, to the other bf16 neighbour.
+    Everything else is summed in the layout of the products, which no stride changes.
+    """
+    after_delta = [name for name in one if DEVICE == "cuda" and name in ("dq", "dk", "dqkv")]
+    assert_same_bits(*({n: x for n, x in tensors.items() if n not in after_delta} for tensors in (one, other)))
+    for name in after_delta:
+        scale = one[name].abs().max().item()
+        torch.testing.assert_close(one[name], other[name], rtol=2**-7, atol=2**-7 * scale)
+
+
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "×".join(map(str, shape)))
 def test_numbers(shape, dtype):
@@ -146,8 +160,8 @@ def test_scores_that_overflow_an_exponential():
     assert (q @ k.mT / 8).triu(1).max() > 2000
     out, dq, dk, dv = accuracy.compare_op(packed, oracle, inputs, [do])
     assert_no_worse([out, dv])
-    # dp and delta have the same summands where softmax is one-hot, in another order: their difference is a few ulps.
-    ulps = 4 * torch.finfo(FP32).eps * (do @ v.mT).abs().max() / 8
+    # dp and delta have the same D summands where softmax is one-hot, in another order: √D ulps, and a few for o.
+    ulps = 4 * 64**0.5 * torch.finfo(FP32).eps * (do @ v.mT).abs().max() / 8
     assert dq.error < ulps * k.abs().max() and dk.error < ulps * q.abs().max()
 
 
@@ -178,7 +192,9 @@ def test_separate_tensors_of_any_strides(of):
     assert len({tensor.stride() for tensor in (*inputs.values(), do)}) > 2
     assert_attention_no_worse(causal_attention, inputs, do)
     contiguous = {name: tensor.contiguous() for name, tensor in inputs.items()}
-    assert_same_bits(results(causal_attention, inputs, do), results(causal_attention, contiguous, do.contiguous()))
+    assert_same_but_for_delta(
+        results(causal_attention, inputs, do), results(causal_attention, contiguous, do.contiguous())
+    )
 
 
 def test_separate_and_packed_have_the_same_bits():
@@ -201,10 +217,12 @@ def test_packed_of_any_strides(view):
 
 
 def assert_packed_no_worse(qkv: torch.Tensor, do: torch.Tensor) -> None:
-    """Than eager, and the bits of contiguous tensors."""
+    """Than eager, and the results of contiguous tensors."""
     inputs, contiguous = {"qkv": qkv, "n_head": 2}, {"qkv": qkv.contiguous(), "n_head": 2}
     assert_no_worse(accuracy.compare_op(causal_attention, eager.attention, inputs, [do]))
-    assert_same_bits(results(causal_attention, inputs, do), results(causal_attention, contiguous, do.contiguous()))
+    assert_same_but_for_delta(
+        results(causal_attention, inputs, do), results(causal_attention, contiguous, do.contiguous())
+    )
 
 
 GRADIENTS = {
@@ -266,10 +284,16 @@ def test_nothing_is_seen_of_the_future():
 
 @dtypes
 def test_the_first_position_sees_itself_alone(dtype):
-    """Its output is its value, and its query learns nothing: exactly, as in eager."""
+    """Its output is its value, and its query learns nothing.
+
+    On a GPU s·scale − m is one fma, and m is rounded: p is not quite 1. p·v/p is v again once it is rounded to 16 bits,
+    and in fp32 v but for half an ulp of p·v and two of the division (div.full). dq is exact: where p is put to 0, the
+    product is 0.
+    """
     inputs, do = inputs_of(1, 3, 20, 16, dtype=dtype), normal(1, 3, 20, 16, dtype=dtype, seed=9)
     got = results(causal_attention, inputs, do)
-    assert torch.equal(got["out0"][:, :, 0], inputs["v"][:, :, 0])
+    rtol = 3 * torch.finfo(FP32).eps if DEVICE == "cuda" and dtype == FP32 else 0
+    torch.testing.assert_close(got["out0"][:, :, 0], inputs["v"][:, :, 0], rtol=rtol, atol=0)
     assert got["dq"][:, :, 0].count_nonzero() == 0 and got["dq"][:, :, 1].count_nonzero() == 48
 
 

@@ -31,8 +31,10 @@ def test_far_out_nothing_overflows():
     x = torch.tensor([-3e38, -1e20, 1e20, 3e38], device=DEVICE, requires_grad=True)
     y = gelu(x)
     y.sum().backward()
-    assert torch.equal(y.detach(), x.detach().clamp(min=0))
-    assert torch.equal(x.grad, (x > 0).float())
+    # exp is 0 or infinite there; a GPU's division may be 2 ulps off 1, and s·(1 − s) by as much off 0.
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(y.detach(), x.detach().clamp(min=0), rtol=2 * eps, atol=0)
+    torch.testing.assert_close(x.grad, (x > 0).float(), rtol=0, atol=1000 * eps)
 
 
 STRIDED = {

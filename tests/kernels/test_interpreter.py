@@ -60,7 +60,8 @@ def test_dots_of_bf16_multiply_numbers():
 
 
 def test_dots_give_the_same_bits_when_the_matrix_is_turned_round():
-    """Whatever the CPU: OpenBLAS for Haswell and Zen adds a·b and bᵀ·aᵀ in two orders."""
+    """Whatever the CPU: OpenBLAS for Haswell and Zen adds a·b and bᵀ·aᵀ in two orders. A GPU has one fma after the
+    other, in the order of k, and a fma does not mind which factor comes first."""
     a, b = (30 * normal(64, 64, seed=seed) for seed in (2, 3))
     c, turned = torch.empty(2, 64, 64, device=DEVICE)
     _dot_kernel[(1,)](a, b, c, 64)
