@@ -302,6 +302,8 @@ def _launch(
     if 0 in shape:
         return
     tensors, strides = zip(*heads, strict=True)
+    if type(tensors[0]) not in launch.PLAIN:  # fake, and looked at: as (B, H, T, D)
+        tensors = [x.as_strided(shape, stride) for x, stride in heads]
     numbers = (*itertools.chain.from_iterable(strides), shape[1], shape[2])
     precision = launch.fp32_dot_precision() if tensors[0].dtype == torch.float32 else "ieee"
     launch.run(
