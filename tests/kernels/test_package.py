@@ -77,6 +77,7 @@ def installed(tmp_path) -> Path:
     metadata = site / f"kernels-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
+    metadata.with_name("top_level.txt").write_text("kernels\n")  # by which older transformers find the version
     return site
 
 
