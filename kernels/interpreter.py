@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-INSTALL = "pip install 'triton>=3.7,<3.8' (Linux only)"
+INSTALL = "pip install 'triton>=3.6,<3.8' (Linux only)"
 
 
 def choose(device_type: str) -> None:
