@@ -41,6 +41,7 @@ from training.distributed import RunStopped, StopRequest, World
 from training.faults import UpdateGuard, Watchdog, compare_ranks
 from training.flops import flops_per_token, peak_flops
 from training.log import RunLog, peak_memory_mib
+from training.saved import launch_of
 
 SEED = 42
 INTERRUPTED = 130
@@ -417,7 +418,7 @@ def choose_output_dir(config: Config, world: World, held: contextlib.ExitStack) 
         if path.is_dir():
             held.enter_context(exclusive(path, "--output_dir"))
         there = world.restarts and (path / RUN_CONFIG).exists()
-        restarted = there and checkpoint.launch_of(path / RUN_CONFIG) == world.launch
+        restarted = there and launch_of(path / RUN_CONFIG) == world.launch
     return path, bool(restarted)
 
 

@@ -97,7 +97,7 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
         )
     if not distributed:
         rank, local_rank, size = 0, 0, 1
-    elif not (rank < size and local_rank < size and 0 < _of_environment("MASTER_PORT", 0) < 2**16):
+    elif not (rank < size and local_rank < size and 0 <= _of_environment("MASTER_PORT", 0) < 2**16):
         told = " ".join(f"{name}={os.environ[name]}" for name in OF_A_RANK)
         raise BadInput(f"the environment is that of no rank: {told}; start ranks with torchrun")
     if distributed and kind == "cuda":

@@ -40,7 +40,7 @@ CASES = {
     "attention": Case(lambda x: causal_attention(x, 2), lambda x: eager.attention(x, 2), (normal(1, 3, 12),)),
     "attention_qkv": Case(
         causal_attention,
-        lambda q, k, v: ((q @ k.mT / 2).masked_fill(FUTURE, float("-inf"))).softmax(-1) @ v,
+        lambda q, k, v: ((q @ k.mT / 2).masked_fill(FUTURE.to(q.device), float("-inf"))).softmax(-1) @ v,
         tuple(normal(1, 2, 3, 4, seed=i) for i in range(3)),
     ),
     "cross_entropy": Case(
