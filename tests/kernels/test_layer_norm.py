@@ -325,6 +325,14 @@ def test_run_to_run_and_a_second_backward():
     assert all(map(torch.equal, once, again))
 
 
+@pytest.mark.parametrize("size", [1e28, 1e30])
+def test_rows_whose_variance_overflows(size):
+    """It is infinite in fp32, and rstd 0, as in eager: what rounding left in the mean must not make NaN of it."""
+    inputs = inputs_of(5, 48)
+    assert_both_no_worse(inputs | {"residual": size * inputs["residual"]})
+    assert layer_norm(size * inputs["residual"], inputs["weight"], inputs["bias"]).isfinite().all()
+
+
 def test_saved_for_backward():
     saved = []
     inputs = inputs_of(5, 48, branch=BF16)
