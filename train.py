@@ -72,12 +72,13 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     """Set everything up, train, and leave the results in the run directory, which is `held` against other runs."""
     given = config
     stop = StopRequest().install()
-    require_cache_folder()
     torch.manual_seed(SEED)  # on every device, the same on every rank
     if config.tensorcores:
         torch.set_float32_matmul_precision("high")
     config = config.resolved(world.device.type, world.size)
-    gpt = load(config.model, choose_ops(config, world))
+    table = choose_ops(config, world)
+    require_cache_folder()  # imports triton, which choose_ops has to prepare
+    gpt = load(config.model, table)
     gpt.set_recompute(config.recompute)
     try_code_generation(config, world, gpt.ops)
     config = check_against_model(config, gpt)

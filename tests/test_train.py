@@ -348,3 +348,12 @@ def test_ctrl_c_ends_the_run_with_everything_on_disk(tiny, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == steps
     assert (tmp_path / "run" / "loss.png").exists()
     assert not same_state(llmc.load_model(tmp_path / "run"), llmc.load_model(Path(tiny["--model"])))
+
+
+def test_kernels_are_interpreted_in_a_process_of_their_own(tiny):
+    """torch's compiler imports triton too, which must not happen before the backend is chosen."""
+    flags = {"--backend": "triton", "--device": "cpu", "--num_iterations": 1, "--output_dir": ""}
+    unprepared = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "train.py", *command_line(tiny | flags)]
+    done = subprocess.run(command, cwd=ROOT, env=unprepared, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "step 1/1" in done.stdout, done.stderr
