@@ -402,7 +402,7 @@ def _packed_outputs(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch
     return qkv.new_empty((B, T, width // 3)), _empty_lse(_packed_shape(qkv, n_head), qkv)
 
 
-def _packed_forward(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+def packed_forward(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
     shape = B, H, T, D = _packed_shape(qkv, n_head)
     o = qkv.new_empty((B, T, H * D))
     return o, _forward(shape, *_split_heads(qkv, D), (o, _strides(o, D)))
@@ -414,7 +414,7 @@ def _packed_gradient(
     return _empty_like(qkv)
 
 
-def _packed_backward(
+def packed_backward(
     do: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, n_head: int
 ) -> torch.Tensor:
     shape = *_, D = _packed_shape(qkv, n_head)
@@ -464,8 +464,8 @@ def _differentiate_qkv(ctx, do, *_):
     return _attention_qkv_backward(do, *ctx.saved_tensors)
 
 
-_attention_backward = register("attention_backward", _packed_backward, _packed_gradient)
-_attention = register("attention", _packed_forward, _packed_outputs, _save, _differentiate, visible=1)
+_attention_backward = register("attention_backward", packed_backward, _packed_gradient)
+_attention = register("attention", packed_forward, _packed_outputs, _save, _differentiate, visible=1)
 _attention_qkv_backward = register("attention_qkv_backward", _separate_backward, _separate_gradients)
 _attention_qkv = register(
     "attention_qkv", _separate_forward, _separate_outputs, _save_qkv, _differentiate_qkv, visible=1

@@ -23,6 +23,18 @@ _modes = torch._C._len_torch_dispatch_stack
 """how many modes see every operation: fake tensors, tracers, counters"""
 
 
+def unseen(args: tuple) -> bool:
+    """Whether nobody but autograd has to see a call: no compiler, no transform, no mode, and real tensors."""
+    return not (
+        torch.compiler.is_compiling()
+        or transformed()
+        or _modes()
+        or torch.jit.is_tracing()
+        or not _KINDS.issuperset(map(type, args))
+        or args[0].is_meta
+    )
+
+
 def register(
     name: str,
     launch: Callable,
@@ -91,16 +103,14 @@ def register(
     apply = super(torch.autograd.Function, Eager).apply
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return seen(op(*args))
-        if transformed():
+        if unseen(args):
+            # A backward pass records nothing, unless it is to be differentiated again.
+            if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+                return apply(*args)
+            return seen(launch(*args))
+        if transformed() and not torch.compiler.is_compiling():
             return seen(Transformed.apply(*args))
-        if _modes() or torch.jit.is_tracing() or not _KINDS.issuperset(map(type, args)) or args[0].is_meta:
-            return seen(op(*args))
-        # A backward pass records nothing, unless it is to be differentiated again.
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return apply(*args)
-        return seen(launch(*args))
+        return seen(op(*args))
 
     return call
 

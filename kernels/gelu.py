@@ -71,14 +71,14 @@ def _empty(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _forward(x: torch.Tensor) -> torch.Tensor:
+def forward(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     _launch(_gelu_fwd_kernel, x, y)
     return y
 
 
-def _backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     dx = torch.empty_like(x)
     _launch(_gelu_bwd_kernel, dy.contiguous(), x, dx)
@@ -94,8 +94,8 @@ def _differentiate(ctx, dy):
     return _gelu_backward(dy, x)
 
 
-_gelu_backward = register("gelu_backward", _backward, lambda dy, x: _empty(x))
-_gelu = register("gelu", _forward, _empty, _save, _differentiate)
+_gelu_backward = register("gelu_backward", backward, lambda dy, x: _empty(x))
+_gelu = register("gelu", forward, _empty, _save, _differentiate)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:

@@ -274,12 +274,12 @@ def _empty(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _outputs(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `_forward`."""
+    """Of `forward`."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return _empty(x, dtype), x.new_empty((2, *x.shape[:-1]), dtype=wide)
 
 
-def _forward(
+def forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, statistics: mean and rstd); dtype is y's"""
@@ -291,12 +291,12 @@ def _forward(
 def _add_outputs(
     residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of `_add_forward`."""
+    """Of `add_forward`."""
     r = _empty(residual, torch.promote_types(residual.dtype, branch.dtype))
     return r, *_outputs(r, weight, bias, dtype)
 
 
-def _add_forward(
+def add_forward(
     residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(residual + branch, y, statistics: mean and rstd); dtype is y's"""
@@ -319,7 +319,7 @@ def _gradients(
     return _empty(r, residual_dtype), dbranch, _empty(weight, weight.dtype), _empty(weight, bias_dtype)
 
 
-def _backward(
+def backward(
     dy: torch.Tensor,
     dresidual: torch.Tensor | None,
     r: torch.Tensor,
@@ -367,9 +367,9 @@ def _add_differentiate(ctx, dresidual, dy, *_):
     return dx, dx if branch_dtype == residual_dtype else dbranch, dweight, dbias, None
 
 
-_layer_norm_backward = register("layer_norm_backward", _backward, _gradients)
-_layer_norm = register("layer_norm", _forward, _outputs, _save, _differentiate, visible=1)
-_add_layer_norm = register("add_layer_norm", _add_forward, _add_outputs, _add_save, _add_differentiate, visible=2)
+_layer_norm_backward = register("layer_norm_backward", backward, _gradients)
+_layer_norm = register("layer_norm", forward, _outputs, _save, _differentiate, visible=1)
+_add_layer_norm = register("add_layer_norm", add_forward, _add_outputs, _add_save, _add_differentiate, visible=2)
 
 
 def _check_shapes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:

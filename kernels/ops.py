@@ -34,6 +34,13 @@ class Ops(NamedTuple):
     linear_cross_entropy: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     """(hidden (..., C), weight (V, C), targets (...)) -> ()"""
 
+    @property
+    def block(self) -> Callable | None:
+        """A whole block in one call, to the bit what these ops make of it; None where there is no such function."""
+        return _BLOCKS.get((self.layer_norm, self.add_layer_norm, self.gelu, self.attention))
+
+
+_BLOCKS: dict[tuple[Callable, ...], Callable] = {}
 
 EAGER = Ops(*(getattr(eager, name) for name in Ops._fields))
 EAGER_SDPA = EAGER._replace(attention=eager.sdpa_attention)
@@ -49,9 +56,9 @@ def triton_ops(device_type: str) -> Ops:
         RuntimeError: this process has the kernels for the other device already.
     """
     interpreter.choose(device_type)
-    from kernels import attention, cross_entropy, embedding, gelu, layer_norm
+    from kernels import attention, block, cross_entropy, embedding, gelu, layer_norm
 
-    return Ops(
+    table = Ops(
         embedding=embedding.embedding,
         layer_norm=layer_norm.layer_norm,
         add_layer_norm=layer_norm.add_layer_norm,
@@ -60,6 +67,8 @@ def triton_ops(device_type: str) -> Ops:
         cross_entropy=cross_entropy.cross_entropy,
         linear_cross_entropy=cross_entropy.linear_cross_entropy,
     )
+    _BLOCKS[table.layer_norm, table.add_layer_norm, table.gelu, table.attention] = block.block
+    return table
 
 
 def parse(spec: str, device_type: str, flash: bool = False) -> Ops:

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from kernels.ops import EAGER, Ops
-from model.hooks import hooked, hooked_besides_fsdp
+from model.hooks import any_hooked, hooked, hooked_besides_fsdp
 from model.recompute import Linear
 
 INIT_SEED = 42
@@ -134,6 +134,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, ops: Ops):
         super().__init__()
         self.recompute_norms = False
+        self.fused = ops.block
         self.ln_1 = LayerNorm(config.n_embd, ops)
         self.attn = CausalSelfAttention(config, ops)
         self.ln_2 = LayerNorm(config.n_embd, ops)
@@ -152,12 +153,31 @@ class Block(nn.Module):
         Returns:
             (B, T, C), or with as_pair the (residual, branch) that add up to it.
         """
+        pair = self._fused(residual, branch) if self.fused else None
+        residual, branch = pair or self._one_by_one(residual, branch)
+        return (residual, branch) if as_pair else residual + branch
+
+    def _fused(self, residual: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Both halves in one call, unless something has to see the modules or ops in it."""
+        attn, mlp = self.attn, self.mlp
+        modules = (self.ln_1, attn, attn.c_attn, attn.c_proj, self.ln_2, mlp, mlp.c_fc, mlp.c_proj)
+        if tuple(map(type, modules)) != _PARTS or any_hooked(modules):
+            return None
+        ln_1, _, c_attn, attn_proj, ln_2, _, c_fc, mlp_proj = modules
+        params = [p for m in (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj) for p in (m.weight, m.bias)]
+        recompute = 2 if self.recompute_norms else int(mlp.recompute_gelu)
+        return self.fused(residual, branch, params, attn.n_head, recompute)
+
+    def _one_by_one(self, residual: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         residual, normed = self.ln_1.add(residual, branch)
         recipe = self.ln_1.recipe(residual, self.attn) if self.recompute_norms else ()
         residual, normed = self.ln_2.add(residual, self.attn(normed, *recipe))
         recipe = self.ln_2.recipe(residual, self.mlp) if self.recompute_norms else ()
-        branch = self.mlp(normed, *recipe)
-        return (residual, branch) if as_pair else residual + branch
+        return residual, self.mlp(normed, *recipe)
+
+
+_PARTS = (LayerNorm, CausalSelfAttention, Linear, nn.Linear, LayerNorm, MLP, Linear, Linear)
+"""types of a block's modules; where one has been replaced, it is called"""
 
 
 class GPT(nn.Module):

@@ -3,6 +3,8 @@
 It is the test by which `nn.Module.__call__` takes the short way to `forward`; torch has no public name for it.
 """
 
+from collections.abc import Iterable
+
 import torch.nn as nn
 from torch.nn.modules import module as of_all
 
@@ -11,6 +13,13 @@ def hooked(module: nn.Module) -> bool:
     """Whether calling the module runs a hook, of its own or of all modules."""
     return _all_are_hooked() or bool(
         module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
+
+
+def any_hooked(modules: Iterable[nn.Module]) -> bool:
+    """`hooked` of any of them; the hooks of all modules are looked at once."""
+    return _all_are_hooked() or any(
+        m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks for m in modules
     )
 
 
