@@ -5,6 +5,7 @@ D = C/H head_dim, V vocabulary. Floating-point inputs may be of any one dtype; g
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ def embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: to
         (B, T, C) in the weights' dtype: token_weight[idx] + position_weight[:T].
     """
     positions = torch.arange(idx.shape[1], device=idx.device)
-    return F.embedding(idx, token_weight) + F.embedding(positions, position_weight)
+    look_up = _Lookup.apply if torch.compiler.is_compiling() else F.embedding
+    return look_up(idx, token_weight) + look_up(positions, position_weight)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -121,6 +123,32 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
         () loss in nats.
     """
     return cross_entropy(F.linear(hidden, weight), targets)
+
+
+class _Lookup(torch.autograd.Function):
+    """F.embedding, whose gradient is one op also to torch.compile, which would make atomic additions of it: their sum
+    has another order, and other bits, on every run."""
+
+    @staticmethod
+    def forward(ctx: Any, idx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(idx)
+        ctx.n_rows = len(weight)
+        return F.embedding(idx, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[None, torch.Tensor]:
+        (idx,) = ctx.saved_tensors
+        return None, _lookup_backward(dy, idx, ctx.n_rows)
+
+
+@torch.library.custom_op("tritongpt::lookup_backward", mutates_args=())
+def _lookup_backward(dy: torch.Tensor, idx: torch.Tensor, n_rows: int) -> torch.Tensor:
+    return torch.ops.aten.embedding_dense_backward(dy, idx, n_rows, -1, False)
+
+
+@_lookup_backward.register_fake
+def _(dy: torch.Tensor, idx: torch.Tensor, n_rows: int) -> torch.Tensor:
+    return dy.new_empty((n_rows, dy.shape[-1]))
 
 
 def _split_heads(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, ...]:
