@@ -301,7 +301,7 @@ def require_cache_folder() -> None:
         BadInput: it cannot make it.
     """
     try:
-        torch.compiler.list_backends()  # any call into torch's compiler does
+        torch.optim.SGD([torch.zeros(1)])  # imports torch's compiler, as every optimizer does
     except OSError as error:
         raise BadInput(
             f"torch has no folder for temporary files ({error.strerror or error}); name one that can be written to in "

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.backends.backend_agg"])
+_CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.figure"])
 
 
 @dataclass

@@ -44,6 +44,8 @@ class RunLog:
         self._refused: set[str] = set()
         self.train_losses: list[tuple[int, float]] = []
         self.val_losses: list[tuple[int, float]] = []
+        self._drawn = 0
+        """losses in the picture"""
         self._events = None
 
     def open(self, first_step: int = 0, tensorboard: bool = False) -> "RunLog":
@@ -87,12 +89,14 @@ class RunLog:
 
     def draw(self) -> None:
         """Draw training and validation loss over steps into loss.png."""
-        if not self.output_dir or not (self.train_losses or self.val_losses):
+        n_losses = len(self.train_losses) + len(self.val_losses)
+        if not self.output_dir or n_losses == self._drawn:
             return
         with self._going_on("loss.png"), warnings.catch_warnings(), atomic_write(self.output_dir / "loss.png") as file:
             warnings.simplefilter("ignore")  # of glyphs that the font lacks
             figure = self._figure()
             figure.savefig(file, format="png", dpi=120)
+            self._drawn = n_losses
 
     def _figure(self):
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot keep its cache of fonts

@@ -158,8 +158,8 @@ def test_files_do_not_depend_on_the_stage(run_ranks, tmp_path):
 def test_check_on_every_rank(run_ranks, backend):
     """It comes before anything is sharded, so that each rank has the whole network; nothing is written."""
     screens = []
-    for zero_stage in (0, 2, 3):
-        run = run_ranks(2, zero_stage=zero_stage, check=1, backend=backend)
+    for zero_stage in (0, 3):
+        run = run_ranks(2, zero_stage=zero_stage, check=1, backend=backend, batch_size=1, total_batch_size=32)
         screens.append(run.screen)
         assert not run.output_dir.exists()
     assert len(set(screens)) == 1 and "no worse than eager" in screens[0]
