@@ -58,12 +58,22 @@ def _make_honest() -> bool:
     import numpy as np
     import triton.language as tl
     from triton._C.libtriton.ir import INPUT_PRECISION
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     if hasattr(InterpreterBuilder, "is_honest"):
         return False
     InterpreterBuilder.is_honest = True
     cast, masked_load = InterpreterBuilder.cast_impl, InterpreterBuilder.create_masked_load
+    patch_lang = interpreter._patch_lang
+
+    def patch_lang_once(fn):
+        """For each call of a device function it looks through all of triton.language, a third of a kernel's time, to
+        put in place what the launch of the kernel has put there."""
+        langs = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if langs and not any(tl.core.is_builtin(lang.load) for lang in langs):
+            return interpreter._LangPatchScope()
+        return patch_lang(fn)
 
     def to_fp32(handle: TensorHandle) -> TensorHandle:
         bits = torch.from_numpy(np.ascontiguousarray(handle.data).view(np.int16))
@@ -101,4 +111,5 @@ def _make_honest() -> bool:
     InterpreterBuilder.cast_impl = honest_cast
     InterpreterBuilder.create_dot = honest_dot
     InterpreterBuilder.create_masked_load = honest_masked_load
+    interpreter._patch_lang = patch_lang_once
     return True

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels import interpreter
+from kernels.gelu import gelu
 from tests.conftest import ROOT, needs_interpreter
 from tests.kernels.conftest import DEVICE, normal
 
@@ -118,3 +119,14 @@ def test_without_triton_all_but_its_backend_works():
     asks = "import kernels.ops as o; o.parse('eager', 'cpu').gelu; o.parse('triton', 'cpu')"
     done = run(hidden + asks)
     assert "ImportError: the triton backend needs triton: pip install" in done.stderr
+
+
+@needs_interpreter
+def test_the_language_is_looked_through_once_a_launch(monkeypatch):
+    """And not once for each call of a device function; the GELU has one."""
+    looked, patch = [], triton.runtime.interpreter._patch_builtin
+    monkeypatch.setattr(triton.runtime.interpreter, "_patch_builtin", lambda *args: looked.append(1) or patch(*args))
+    gelu(normal(10))
+    once = len(looked)
+    gelu(normal(10_000))
+    assert len(looked) == 2 * once > 0
