@@ -97,7 +97,10 @@ def need_gpu(command: str):
         raise BadInput(f"{command} needs an NVIDIA GPU to time on; without one there are {', '.join(COUNTED)}")
     from kernels import interpreter
 
-    interpreter.choose("cuda")
+    try:
+        interpreter.choose("cuda")
+    except (ImportError, RuntimeError) as error:
+        raise BadInput(f"{command}: {error}") from error
     from bench.harness import CudaDevice
 
     return CudaDevice()

@@ -97,16 +97,8 @@ def _configure(y: torch.Tensor) -> tuple[tuple[int, ...], dict]:
     return (T, launch.cdiv(B, row.block_m), launch.cdiv(C, row.block_n)), constants
 
 
-def _gradients(
-    dy: torch.Tensor,
-    idx: torch.Tensor,
-    vocab_size: int,
-    block_size: int,
-    token_dtype: torch.dtype,
-    position_dtype: torch.dtype,
-    needs_dtoken: bool,
-    needs_dposition: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gradients(dy, idx, vocab_size, block_size, token_dtype, position_dtype, needs_dtoken, needs_dposition):
+    """`_backward` on fake tensors."""
     C = dy.shape[-1]
     dtoken = dy.new_empty((vocab_size, C) if needs_dtoken else 0, dtype=token_dtype)
     return dtoken, dy.new_empty((block_size, C) if needs_dposition else 0, dtype=position_dtype)

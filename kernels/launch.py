@@ -7,8 +7,8 @@ reports of registers and shared memory.
 Two kinds of calls spill registers in every row that was tried. LayerNorm of more than 8,192 columns: backward up to 430
 bytes per thread, since with both sums, the weight, x and dy it has five fp32 numbers per column, and a multiprocessor
 has 65,536 registers; forward up to 64. Attention in 16 bits, up to 112 bytes, where T is no multiple of the tiles and
-head_dim, such as 80, is one of 16 and no power of two. Where head_dim or T is odd, a
-few other kernels spill 8 or 16 bytes.
+head_dim, such as 80, is one of 16 and no power of two. Where head_dim or T is odd, a few other kernels spill 8 or 16
+bytes.
 """
 
 import functools

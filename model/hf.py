@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from common import BadInput, atomic_folder, exit_on_bad_input, lenient_streams, refuse_if_occupied, tell, write_errors
+from common import (
+    BadInput,
+    atomic_folder,
+    exit_on_bad_input,
+    exit_on_signal,
+    lenient_streams,
+    refuse_if_occupied,
+    tell,
+    write_errors,
+)
 from kernels.ops import EAGER, Ops
 from model import llmc
 from model.gpt import GPT, GPTConfig
@@ -339,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser("export", help="Write a folder for GPT2LMHeadModel and AutoTokenizer.")
     command.add_argument("run", type=Path, metavar="RUN", help="A run directory, or a model file of llm.c.")
     command.add_argument("folder", type=Path, metavar="FOLDER", help="A new folder.")
-    with exit_on_bad_input("model.hf"):
+    with exit_on_bad_input("model.hf"), exit_on_signal("model.hf"):
         args = parser.parse_args(argv)
         has_tokenizer = export(args.run, args.folder, vocabulary_files())
         name = repr(str(args.folder))

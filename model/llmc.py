@@ -275,12 +275,16 @@ def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
 @contextlib.contextmanager
 def _exact_matmuls() -> Iterator[None]:
     """fp32 matrix products without TF32, whatever the run has chosen for itself."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Not torch.get_float32_matmul_precision, which raises once the newer setters were used.
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    precisions = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for setting, precision in zip(settings, precisions, strict=True):
+            setting.fp32_precision = precision
 
 
 def _write_header(file: BinaryIO, *values: int) -> None:

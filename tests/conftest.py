@@ -35,6 +35,18 @@ needs_interpreter = pytest.mark.skipif(
 TINY = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 
 
+# On tiny tensors, threads wait for each other more than they compute; and other tests run beside this one.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Two processes for the whole suite on a CPU. None beside this one for a few tests, whose output may be wanted, or
+    on a GPU, whose memory some tests fill."""
+    whole = config.args_source.name == "TESTPATHS"
+    return 2 if whole and not torch.cuda.is_available() else 0
+
+
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU where there is none; pytest's closing line counts them."""
     if not torch.cuda.is_available():
@@ -71,10 +83,10 @@ class Run:
 @pytest.fixture(autouse=True)
 def _keep_process_state():
     """train.main listens to Ctrl-C and may set the matmul precision; both belong to the process."""
-    handler, precision = signal.getsignal(signal.SIGINT), torch.get_float32_matmul_precision()
+    handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="session")

@@ -151,11 +151,11 @@ def test_what_the_ops_refuse_is_refused_by_name():
     x = torch.randn(1, 4, SMALL.n_embd, device=DEVICE)
     with pytest.raises(ValueError, match="int64"):
         block(x.long())
+    with pytest.raises(ValueError, match="differ in shape"):
+        block(x, x[:, :2])
     with pytest.raises(ValueError, match="as wide as a row"):
         block.ln_2.weight = torch.nn.Parameter(torch.ones(3, device=DEVICE))
         block(x)
-    with pytest.raises(ValueError, match="differ in shape"):
-        block(x, x[:, :2])
 
 
 def test_autocast_is_on_again_afterwards():

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -365,3 +367,13 @@ def test_failed_export_leaves_nothing(tmp_path, capsys, monkeypatch, how):
     line = export_refused(capsys, tmp_path / "run", tmp_path / "exports" / "mine")
     assert f"cannot write {tmp_path / 'exports' / 'mine'}" in line and "No space left" in line
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_export_that_is_stopped_leaves_nothing(tmp_path, monkeypatch, capsys):
+    llmc.write_model(tmp_path / "model.bin", GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4)))
+    monkeypatch.setattr(hf, "to_hf", lambda gpt: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        hf.main(["export", str(tmp_path / "model.bin"), str(tmp_path / "out")])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "model.hf: stopped by SIGTERM\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]

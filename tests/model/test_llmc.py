@@ -194,9 +194,10 @@ def test_debug_state_is_eager_and_fp32_whatever_the_run_uses():
     expected = llmc.debug_state(random_gpt(), x, y)
     precisions = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda *_: precisions.append(torch.get_float32_matmul_precision())
+        lambda *_: precisions.append(torch.backends.cuda.matmul.fp32_precision)
     )
-    torch.set_float32_matmul_precision("high")  # put back by conftest
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # after both, torch's older getter raises; conftest puts it back
     try:
         with torch.autocast("cpu", torch.bfloat16):
             state = llmc.debug_state(random_gpt(ops=EAGER._replace(gelu=broken)), x, y)
@@ -204,7 +205,7 @@ def test_debug_state_is_eager_and_fp32_whatever_the_run_uses():
         hook.remove()
     assert torch.equal(state.logits, expected.logits) and state.logits.dtype == torch.float32
     assert all(torch.equal(grad, expected.grads[name]) for name, grad in state.grads.items())
-    assert set(precisions) == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    assert set(precisions) == {"ieee"} and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @pytest.mark.parametrize("has_gradients", [False, True])
