@@ -89,7 +89,7 @@ def test_stages_2_and_3_are_the_same_bits_in_bfloat16(run_ranks):
     assert second.losses == pytest.approx(autocast.losses, rel=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "rel"), [("float32", 1e-5), ("bfloat16", 1e-3)])
+@pytest.mark.parametrize(("dtype", "rel"), [pytest.param("float32", 1e-5, marks=pytest.mark.slow), ("bfloat16", 1e-3)])
 def test_kernels_train_like_eager_at_every_stage(run_ranks, dtype, rel):
     """In a block that FSDP2 gathers and frees, around custom ops, with what is recomputed."""
     flags = {"num_iterations": 2, "batch_size": 4, "total_batch_size": 256, "dtype": dtype, "recompute": 2}

@@ -266,7 +266,9 @@ def test_others_say_which_rank_died_or_hangs_and_end(start_ranks, how, zero_stag
         assert re.search(rf"\[rank {rank}\] waited \d+ s for the other ranks at step 3 \(.*\): .*{told}", error), error
 
 
-@pytest.mark.parametrize("begun", [False, True], ids=["a new run", "one that is gone on with"])
+@pytest.mark.parametrize(
+    "begun", [pytest.param(False, marks=pytest.mark.slow), True], ids=["a new run", "one that is gone on with"]
+)
 def test_torchrun_starts_again_from_the_newest_checkpoint(tiny, tmp_path, run_ranks, begun):
     """A rank is killed; `--max-restarts 3` ends with the weights of the run in which none was."""
     flags = {
@@ -306,7 +308,6 @@ def test_torchrun_starts_again_from_the_newest_checkpoint(tiny, tmp_path, run_ra
     done = torchrun(2, script, given, "--max-restarts=3")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"resumed from \S+/(step_\d): ", done.stdout) == ["step_3"] * begun + ["step_6"]
-    assert "rank 1 is gone" in done.stderr
     restarted = Run(tmp_path / "restarted", done.stdout)
     assert restarted.log == whole.log and same_weights(restarted, whole)
 
