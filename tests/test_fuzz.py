@@ -681,7 +681,7 @@ def check_fuzz(reader, run, saved, model, tiny, tmp_path, memory_mib, capfd, exa
     with capfd.disabled():
         print(f"\n{reader}: {counts['read']} read, {counts['refused']} refused", end=" ")
     assert sum(counts.values()) >= examples // 2
-    assert counts["refused"] or reader == "logs"  # there a line that is none is left out
+    assert counts["refused"] or reader in ("logs", "config.json of a run")  # a bad line or field is left out
     assert memory_mib() < 3 * largest / 2**20 + 500
 
 
