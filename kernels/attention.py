@@ -403,6 +403,7 @@ def _packed_outputs(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch
 
 
 def packed_forward(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o (B, T, C), lse) of (B, T, 3C)"""
     shape = B, H, T, D = _packed_shape(qkv, n_head)
     o = qkv.new_empty((B, T, H * D))
     return o, _forward(shape, *_split_heads(qkv, D), (o, _strides(o, D)))
@@ -417,6 +418,7 @@ def _packed_gradient(
 def packed_backward(
     do: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, n_head: int
 ) -> torch.Tensor:
+    """The gradient of qkv, contiguous; do may have any strides."""
     shape = *_, D = _packed_shape(qkv, n_head)
     do, dqkv = _dense_rows(do), _empty_like(qkv)
     heads = *_split_heads(qkv, D), (o, _strides(o, D)), lse, *_split_heads(dqkv, D)

@@ -8,19 +8,15 @@ would wait for Python. Results and gradients are bitwise the same; only where th
 gradient rounded once, and not twice. It is no op of its own: whatever has to see the ops (torch.compile, dispatch
 modes, torch.func, hooks on modules) gets them one by one.
 
-Saved for backward, per token and layer: 16·C elements, and r₁ and r₂ among them; without GELU's output 12·C, without
-those of the LayerNorms too 10·C (recomputation: Chen et al. 2016, https://arxiv.org/abs/1604.06174; llm.c's -r).
+Saved for backward, per token and layer: 16·C elements, r₁ and r₂ included; without GELU's output 12·C, without those
+of the LayerNorms too 10·C (recomputation: Chen et al. 2016, https://arxiv.org/abs/1604.06174; llm.c's -r).
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from kernels import attention, gelu, layer_norm
-from kernels.dispatch import FLOATS, unseen
-
-Pair = tuple[torch.Tensor, torch.Tensor]
+from kernels.dispatch import FLOATS, unasked_apply, unseen
 
 
 def block(
@@ -29,7 +25,7 @@ def block(
     params: tuple[torch.nn.Parameter, ...],
     n_head: int,
     recompute: int = 0,
-) -> Pair | None:
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Run a block.
 
     Args:
@@ -157,5 +153,4 @@ class _Block(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-# Function.apply asks about torch.func, as `unseen` has done, and then calls this.
-_apply: Any = super(torch.autograd.Function, _Block).apply
+_apply = unasked_apply(_Block)

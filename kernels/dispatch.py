@@ -35,6 +35,11 @@ def unseen(args: tuple) -> bool:
     )
 
 
+def unasked_apply(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply` without its question about torch.func, which `unseen` has asked."""
+    return super(torch.autograd.Function, function).apply
+
+
 def register(
     name: str,
     launch: Callable,
@@ -99,8 +104,7 @@ def register(
 
     Eager.__name__ = Eager.__qualname__ = Transformed.__name__ = Transformed.__qualname__ = name
 
-    # Function.apply asks about torch.func, as is done here, and then calls this.
-    apply = super(torch.autograd.Function, Eager).apply
+    apply = unasked_apply(Eager)
 
     def call(*args: Any) -> Any:
         if unseen(args):

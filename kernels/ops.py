@@ -41,6 +41,7 @@ class Ops(NamedTuple):
 
 
 _BLOCKS: dict[tuple[Callable, ...], Callable] = {}
+"""by (layer_norm, add_layer_norm, gelu, attention); filled by `triton_ops`, so that nothing else imports triton"""
 
 EAGER = Ops(*(getattr(eager, name) for name in Ops._fields))
 EAGER_SDPA = EAGER._replace(attention=eager.sdpa_attention)

@@ -11,9 +11,7 @@ from torch.nn.modules import module as of_all
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module runs a hook, of its own or of all modules."""
-    return _all_are_hooked() or bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    )
+    return any_hooked((module,))
 
 
 def any_hooked(modules: Iterable[nn.Module]) -> bool:

@@ -166,7 +166,7 @@ def test_torchrun_script_passes_signals_on_and_goes_on(environment, tiny, tmp_pa
     assert first.returncode == 1 and "SignalException" in errors  # torchrun's own
     assert "stopped by SIGTERM, SIGUSR1 or SIGHUP after step" in screen
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
-    if number == signal.SIGUSR1:  # what was saved is the same
+    if number == signal.SIGUSR1:  # the job of SLURM above goes on after this one
         return
     again = subprocess.run(
         [*command, "--resume_override", "1", "--num_iterations", folder.name.removeprefix("step_")],

@@ -32,6 +32,16 @@ def test_what_times_says_in_a_line_that_it_needs_a_gpu(command, no_gpu, capsys):
 
 
 @needs_interpreter
+def test_what_times_says_in_a_line_that_the_kernels_are_interpreted(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["step"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m bench: step: in this process triton kernels are interpreted already")
+
+
+@needs_interpreter
 def test_what_compiles_refuses_a_process_that_interprets(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["resources"])

@@ -196,7 +196,7 @@ def test_debug_state_is_eager_and_fp32_whatever_the_run_uses():
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda *_: precisions.append(torch.backends.cuda.matmul.fp32_precision)
     )
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # after both, torch's older getter raises; conftest puts it back
     try:
         with torch.autocast("cpu", torch.bfloat16):

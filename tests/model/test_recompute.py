@@ -33,6 +33,7 @@ def loss_and_gradients(level: int, dtype: torch.dtype, compiled: bool) -> list[t
         (2, torch.bfloat16, False),
         (2, torch.bfloat16, True),
     ],
+    ids=["1-fp32", "2-fp32", "1-bf16", "2-bf16", "2-bf16-compiled"],
 )
 def test_the_same_bits(level, dtype, compiled):
     want = loss_and_gradients(0, dtype, compiled=False)

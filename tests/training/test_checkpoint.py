@@ -68,7 +68,7 @@ def assert_no_cut_shows(run, flags, steps=range(1, 20)) -> None:
 
 
 def test_cut_in_one_process(run_tiny):
-    """At both ends, around a validation (6), and between the windows of two shards."""
+    """At both ends, around a validation (6), and in between."""
     assert_no_cut_shows(run_tiny, FLAGS, (1, 5, 6, 7, 14, 19))
 
 

@@ -89,10 +89,10 @@ def test_stages_2_and_3_are_the_same_bits_in_bfloat16(run_ranks):
     assert second.losses == pytest.approx(autocast.losses, rel=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "rel"), [pytest.param("float32", 1e-5, marks=pytest.mark.slow), ("bfloat16", 1e-3)])
+@pytest.mark.parametrize(("dtype", "rel"), [("float32", 1e-5), ("bfloat16", 1e-3)])
 def test_kernels_train_like_eager_at_every_stage(run_ranks, dtype, rel):
     """In a block that FSDP2 gathers and frees, around custom ops, with what is recomputed."""
-    flags = {"num_iterations": 2, "batch_size": 4, "total_batch_size": 256, "dtype": dtype, "recompute": 2}
+    flags = {"num_iterations": 2, "batch_size": 1, "total_batch_size": 64, "dtype": dtype, "recompute": 2}
     eager = run_ranks(2, **flags)
     runs = [run_ranks(2, zero_stage=stage, backend="triton", **flags) for stage in range(4)]
     for run in runs:
@@ -158,7 +158,7 @@ def test_files_do_not_depend_on_the_stage(run_ranks, tmp_path):
 def test_check_on_every_rank(run_ranks, backend):
     """It comes before anything is sharded, so that each rank has the whole network; nothing is written."""
     screens = []
-    for zero_stage in (0, 3):
+    for zero_stage in (0, 2, 3):
         run = run_ranks(2, zero_stage=zero_stage, check=1, backend=backend, batch_size=1, total_batch_size=32)
         screens.append(run.screen)
         assert not run.output_dir.exists()
