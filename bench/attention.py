@@ -45,7 +45,7 @@ BENCHMARKS = (
         ),
         inputs=_inputs,
         oracle=eager.attention,
-        kernel=attention.causal_attention,
+        kernel=attention.attention,
         peers=lambda: {
             "eager": eager.attention,
             **peers.compiled(eager.sdpa_attention),

@@ -147,15 +147,11 @@ class Trace(TorchDispatchMode):
                 self._track(leaf)
         return out
 
-    def note(self, kernel: JITFunction | InterpretedFunction, grid: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def note(self, call: launch.Call) -> None:
         """Note down a launch of a kernel of ours."""
-        names = list(kernel.arg_names)
-        by_name = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
-        by_name = {name: describe(arg) for name, arg in by_name.items()}
-        options = {k: v for k, v in kwargs.items() if k not in names}
-        grid = tuple(grid(by_name) if callable(grid) else grid)
-        noted = Launch(kernel, by_name, options, grid)
-        self.events.append(Event(noted.name, self._op, 1, noted.bytes, 0, False, noted, tuple(by_name.values())))
+        args = {name: describe(arg) for name, arg in call.args.items()}
+        noted = Launch(call.kernel, args, call.options, call.grid)
+        self.events.append(Event(noted.name, self._op, 1, noted.bytes, 0, False, noted, tuple(args.values())))
 
     def _note_torch(self, func, args, kwargs, out, n_launches: int) -> None:
         name = func._schema.name
@@ -272,17 +268,8 @@ class _CudaAutocast(TorchFunctionMode):
 def trace(capability: int = 90) -> Iterator[Trace]:
     """Everything in this block runs on fake tensors, made on the device "cpu", as on a GPU of that capability."""
     tracing = Trace(capability)
-
-    def run(kernel, *args, grid, warmup, **kwargs):
-        tracing.note(kernel, grid, args, kwargs)
-
-    def getitem(kernel, grid):
-        return lambda *args, **kwargs: tracing.note(kernel, grid, args, kwargs)
-
     with (
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(InterpretedFunction, "__getitem__", getitem, create=True),
-        mock.patch.object(launch, "capability", lambda device: capability),
+        launch.DryRun(capability, tracing.note),
         mock.patch.object(FakeTensor, "is_cuda", True, create=True),
         mock.patch.object(clip_grad, "_has_foreach_support", lambda *args: True),
         FakeTensorMode(),

@@ -136,7 +136,7 @@ def count(call: Callable[[], object]) -> Counts:
 
     lookup = launch.lookup
 
-    def of_the_chip(*args, **kwargs) -> launch.Row:
+    def of_the_chip(*args, **kwargs) -> launch.LaunchConfig:
         with mock.patch.object(launch, "capability", lambda device: CHIP.capability):
             return lookup(*args, **kwargs)
 
@@ -230,7 +230,7 @@ def attention(T: int = 1024, D: int = 64) -> Iterator[Traffic]:
 
     generator = torch.Generator().manual_seed(5)
     qkv = torch.randn(1, T, 3 * D, generator=generator).bfloat16()
-    forward, backward = _both(kernels.causal_attention, qkv, 1)
+    forward, backward = _both(kernels.attention, qkv, 1)
     of_kernels = {
         "_attention_fwd_kernel": (forward, "attention", "forward"),
         "_attention_bwd_dq_kernel": (backward, "attention_dq", "backward"),

@@ -23,7 +23,6 @@ times that backward; what is executed there is 3.5 times.
 
 import itertools
 from collections.abc import Sequence
-from typing import overload
 
 import torch
 import triton
@@ -319,20 +318,20 @@ def _configure(
     op: str, owns: str, shape: tuple[int, int, int, int], q: torch.Tensor, precision: str
 ) -> tuple[tuple[int, ...], dict]:
     B, H, T, D = shape
-    row = launch.lookup(op, q.device, q.element_size(), D)
+    config = launch.lookup(op, q.device, q.element_size(), D)
     constants = {
         "HEAD_DIM": D,
         "BLOCK_D": max(16, launch.next_power_of_2(D)),
-        "BLOCK_M": row.block_m,
-        "BLOCK_N": row.block_n,
-        "EVEN_T": T % row.block_m == 0 and T % row.block_n == 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "EVEN_T": T % config.block_m == 0 and T % config.block_n == 0,
         "COMPUTE_DTYPE": launch.compute_dtype(q.dtype),
         "INPUT_PRECISION": precision,
-        "num_warps": row.num_warps,
-        "num_stages": row.num_stages,
-        "maxnreg": row.max_registers,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "maxnreg": config.max_registers,
     }
-    return (launch.cdiv(T, getattr(row, owns)) * B * H,), constants
+    return (launch.cdiv(T, getattr(config, owns)) * B * H,), constants
 
 
 def _forward(shape: tuple[int, int, int, int], q: Heads, k: Heads, v: Heads, o: Heads) -> torch.Tensor:
@@ -474,44 +473,44 @@ _attention_qkv = register(
 )
 
 
-@overload
-def causal_attention(qkv: torch.Tensor, n_head: int, /) -> torch.Tensor: ...
-
-
-@overload
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, /) -> torch.Tensor: ...
-
-
-def causal_attention(q, k, v=None, /):
-    """Causal self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762): softmax(q·kᵀ/√D, over the
-    positions not after the query's)·v, by FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
-
-    `causal_attention(qkv, n_head)` takes the packed projections, `causal_attention(q, k, v)` separate tensors.
+def attention(qkv: torch.Tensor, n_head: int) -> torch.Tensor:
+    """Causal self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762) of packed projections:
+    softmax(q·kᵀ/√D, over the positions not after the query's)·v, by FlashAttention-2 (Dao 2023,
+    https://arxiv.org/abs/2307.08691).
 
     Args:
-        qkv: (B, T, 3C), query, key and value side by side in that order; each is n_head heads of D = C/n_head.
+        qkv: (B, T, 3C), query, key and value side by side in that order; each is n_head heads of D = C/n_head. Any
+            strides; T is any, D from 1 to 128; fp32, fp16 or bf16 (fp64 for gradcheck). Under autocast it is cast to
+            its dtype, as for torch's scaled_dot_product_attention.
         n_head: number of heads, a divisor of C.
-        q, k, v: (B, H, T, D) each.
-
-    Tensors may have any strides; T is any, D from 1 to 128; the dtype is fp32, fp16 or bf16 (fp64 for gradcheck). Under
-    autocast they are cast to its dtype, as for torch's scaled_dot_product_attention.
 
     Returns:
-        (B, T, C), heads side by side, or (B, H, T, D); contiguous, in the inputs' dtype. Softmax and all sums are fp32
-        (fp64 in fp64). Products of fp32 inputs are IEEE, or TF32 where torch's own CUDA matmuls are, of operands
-        rounded to nearest.
+        (B, T, C), heads side by side; contiguous, in the input's dtype. Softmax and all sums are fp32 (fp64 in fp64).
+        Products of fp32 inputs are IEEE, or TF32 where torch's own CUDA matmuls are, of operands rounded to nearest.
 
     Raises:
-        ValueError: D is above 128, n_head does not divide C, q, k and v differ in shape, dtype or device, or no kernel
-            takes the dtype.
+        ValueError: D is above 128, n_head does not divide C, or no kernel takes the dtype.
     """
-    if v is None:
-        check("attention", {"qkv": q})
-        qkv, n_head = _autocast(q), k
-        if qkv.dim() != 3 or qkv.shape[-1] % 3 or n_head < 1 or qkv.shape[-1] // 3 % n_head:
-            raise ValueError(f"qkv is (B, T, 3C) and n_head divides C; got {tuple(qkv.shape)} and {n_head} heads")
-        _check(qkv.shape[-1] // 3 // n_head)
-        return _attention(qkv, n_head)
+    check("attention", {"qkv": qkv})
+    qkv = _autocast(qkv)
+    if qkv.dim() != 3 or qkv.shape[-1] % 3 or n_head < 1 or qkv.shape[-1] // 3 % n_head:
+        raise ValueError(f"qkv is (B, T, 3C) and n_head divides C; got {tuple(qkv.shape)} and {n_head} heads")
+    _check(qkv.shape[-1] // 3 // n_head)
+    return _attention(qkv, n_head)
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`attention` of separate tensors.
+
+    Args:
+        q, k, v: (B, H, T, D) each, alike in shape and dtype; otherwise as `qkv` of `attention`.
+
+    Returns:
+        (B, H, T, D), contiguous, in the inputs' dtype.
+
+    Raises:
+        ValueError: D is above 128, q, k and v differ in shape, dtype or device, or no kernel takes the dtype.
+    """
     check("attention", {"q": q, "k": k, "v": v})
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
     if q.dim() != 4 or not all((x.shape, x.dtype) == (q.shape, q.dtype) for x in (k, v)):

@@ -270,19 +270,19 @@ def _launch(
     n_rows = len(logits)
     if n_rows > 0:
         numbers = (logits.stride(0), *numbers)
-        facts = (n_rows, *constexprs.values())
-        launch.run(kernel, tensors, numbers, lambda: _configure(logits, constexprs), facts)
+        also = (n_rows, *constexprs.values())
+        launch.run(kernel, tensors, numbers, lambda: _configure(logits, constexprs), also)
 
 
 def _configure(logits: torch.Tensor, constexprs: dict[str, bool]) -> tuple[tuple[int, ...], dict]:
     n_rows, n_cols = logits.shape
-    row = launch.lookup("cross_entropy", logits.device, logits.element_size(), n_cols)
+    config = launch.lookup("cross_entropy", logits.device, logits.element_size(), n_cols)
     constants = constexprs | {
         "COMPUTE_DTYPE": launch.compute_dtype(logits.dtype),
         # one small block for a small vocabulary
-        "BLOCK_N": min(row.block_n, 8 * launch.next_power_of_2(n_cols)),
-        "num_warps": row.num_warps,
-        "num_stages": row.num_stages,
+        "BLOCK_N": min(config.block_n, 8 * launch.next_power_of_2(n_cols)),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }
     return (n_rows,), constants
 
@@ -294,7 +294,9 @@ def _mean(
     loss, n_counted = (torch.empty((), dtype=losses.dtype, device=losses.device) for _ in range(2))
     is_valid = torch.empty((), dtype=torch.int32, device=losses.device)
     tensors = losses, targets, loss, n_counted, is_valid
-    launch.run(_mean_kernel, tensors, (len(losses), n_cols, ignore_index), lambda: _configure_mean(losses))
+    launched = launch.run(_mean_kernel, tensors, (len(losses), n_cols, ignore_index), lambda: _configure_mean(losses))
+    if not launched and type(is_valid) in launch.PLAIN:  # a dry run wrote nothing; fake tensors count what follows
+        return loss, n_counted
     message = f"a target is out of bounds: it is neither in [0, {n_cols}) nor {ignore_index}"
     if launch.capability(losses.device):
         torch._assert_async(is_valid, message)  # seen at the next synchronisation, at no cost until then
@@ -304,11 +306,11 @@ def _mean(
 
 
 def _configure_mean(losses: torch.Tensor) -> tuple[tuple[int, ...], dict]:
-    row = launch.lookup("cross_entropy", losses.device, losses.element_size())
+    config = launch.lookup("cross_entropy", losses.device, losses.element_size())
     constants = {
-        "BLOCK_N": min(row.block_n, launch.next_power_of_2(len(losses))),
-        "num_warps": row.num_warps,
-        "num_stages": row.num_stages,
+        "BLOCK_N": min(config.block_n, launch.next_power_of_2(len(losses))),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }
     return (1,), constants
 

@@ -86,15 +86,15 @@ def _forward(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: tor
 
 def _configure(y: torch.Tensor) -> tuple[tuple[int, ...], dict]:
     B, T, C = y.shape
-    row = launch.lookup("embedding", y.device, y.element_size(), C)
+    config = launch.lookup("embedding", y.device, y.element_size(), C)
     constants = {
         "COMPUTE_DTYPE": launch.compute_dtype(y.dtype),
-        "BLOCK_M": row.block_m,
-        "BLOCK_N": row.block_n,
-        "num_warps": row.num_warps,
-        "num_stages": row.num_stages,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }
-    return (T, launch.cdiv(B, row.block_m), launch.cdiv(C, row.block_n)), constants
+    return (T, launch.cdiv(B, config.block_m), launch.cdiv(C, config.block_n)), constants
 
 
 def _gradients(dy, idx, vocab_size, block_size, token_dtype, position_dtype, needs_dtoken, needs_dposition):

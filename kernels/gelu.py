@@ -57,14 +57,14 @@ def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor) -> None:
 
 
 def _configure(x: torch.Tensor) -> tuple[tuple[int, ...], dict]:
-    row = launch.lookup("gelu", x.device, x.element_size())
+    config = launch.lookup("gelu", x.device, x.element_size())
     constants = {
         "COMPUTE_DTYPE": launch.compute_dtype(x.dtype),
-        "BLOCK_N": row.block_n,
-        "num_warps": row.num_warps,
-        "num_stages": row.num_stages,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }
-    return (launch.cdiv(x.numel(), row.block_n),), constants
+    return (launch.cdiv(x.numel(), config.block_n),), constants
 
 
 def _empty(x: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Launch parameters as data: block sizes, warps and stages by op, shape, dtype and compute capability.
 
 Nothing is tuned at run time: all ranks launch the same programs, and every run gives the same bits. A new GPU is a few
-rows here. Where a row was measured, bench/results says so; the others follow from what `python -m bench.resources`
-reports of registers and shared memory.
+rows here. Where a row was measured, bench/results says so; the others follow from what the machine code needs of
+registers and shared memory (`python -m bench resources`).
 
 Two kinds of calls spill registers in every row that was tried. LayerNorm of more than 8,192 columns: backward up to 430
 bytes per thread, since with both sums, the weight, x and dy it has five fp32 numbers per column, and a multiprocessor
@@ -12,7 +12,7 @@ bytes.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 
-class Row(NamedTuple):
-    """Parameters, and the calls that they are for."""
+class LaunchConfig(NamedTuple):
+    """A row: launch parameters, and the calls that they are for."""
 
     op: str
     capability: int
@@ -54,74 +54,74 @@ MULTIPROCESSORS = ((100, 148), (90, 132), (0, 108))
 # In 16 bits on sm_80. They fit the 99 KiB of shared memory of sm_86 and sm_89, and of sm_120, which has sm_80's matrix
 # instructions.
 ATTENTION_80 = (
-    Row("attention", 80, 64, 2, 128, 64, 8, 3),
-    Row("attention", 80, 128, 2, 128, 64, 8, 2),
-    Row("attention_dq", 80, 64, 2, 64, 64, 4, 3),
-    Row("attention_dq", 80, 128, 2, 64, 64, 4, 2),
-    Row("attention_dkdv", 80, 64, 2, 32, 64, 4, 3),
-    Row("attention_dkdv", 80, 128, 2, 64, 64, 8, 2),
+    LaunchConfig("attention", 80, 64, 2, 128, 64, 8, 3),
+    LaunchConfig("attention", 80, 128, 2, 128, 64, 8, 2),
+    LaunchConfig("attention_dq", 80, 64, 2, 64, 64, 4, 3),
+    LaunchConfig("attention_dq", 80, 128, 2, 64, 64, 4, 2),
+    LaunchConfig("attention_dkdv", 80, 64, 2, 32, 64, 4, 3),
+    LaunchConfig("attention_dkdv", 80, 128, 2, 64, 64, 8, 2),
 )
 
 # The first row that fits is taken.
-ROWS = (
+CONFIGS = (
     # A tile of 8192 elements in registers and the next one on its way; backward half as many, since the sums of dw and
     # db are in registers too. At most 99 KiB of shared memory with any dtypes, which is what the smaller GPUs have.
-    *(Row("layer_norm", 0, width, 4, 8192 // width, 0, 16, 2) for width in WIDTHS),
-    Row("layer_norm", 0, 16384, 8, 1, 0, 32, 1),
-    *(Row("layer_norm_backward", 0, width, 4, 4096 // width, 0, 16, 3) for width in WIDTHS[:-1]),
-    Row("layer_norm_backward", 0, 8192, 4, 1, 0, 16, 2),
-    Row("layer_norm_backward", 0, 10240, 8, 1, 0, 16, 1),
-    Row("layer_norm_backward", 0, 16384, 8, 1, 0, 32, 1),
-    Row("layer_norm_partials", 0, ANY, 8, 64, 32, 4, 1),
-    Row("embedding", 0, ANY, 8, 8, 256, 4, 1),
-    Row("gelu", 0, ANY, 8, 1, 1024, 4, 1),
+    *(LaunchConfig("layer_norm", 0, width, 4, 8192 // width, 0, 16, 2) for width in WIDTHS),
+    LaunchConfig("layer_norm", 0, 16384, 8, 1, 0, 32, 1),
+    *(LaunchConfig("layer_norm_backward", 0, width, 4, 4096 // width, 0, 16, 3) for width in WIDTHS[:-1]),
+    LaunchConfig("layer_norm_backward", 0, 8192, 4, 1, 0, 16, 2),
+    LaunchConfig("layer_norm_backward", 0, 10240, 8, 1, 0, 16, 1),
+    LaunchConfig("layer_norm_backward", 0, 16384, 8, 1, 0, 32, 1),
+    LaunchConfig("layer_norm_partials", 0, ANY, 8, 64, 32, 4, 1),
+    LaunchConfig("embedding", 0, ANY, 8, 8, 256, 4, 1),
+    LaunchConfig("gelu", 0, ANY, 8, 1, 1024, 4, 1),
     # Attention takes block_m queries and block_n keys at a time. Nothing spills in 16 bits, and on sm_90 nothing makes
     # ptxas run wgmma one by one (it says so, in a warning that Triton swallows). Within that, at head_dim 64, two
     # programs on a multiprocessor, so that one multiplies while the other one exponentiates; and 128 queries where keys
     # and values come from L2, since 64 read them twice as often. In fp32 and fp64 all three have the same tiles: then
     # backward makes the scores in the bits that forward normalised, though the order of summing may follow the shape.
-    Row("attention", 80, 128, 2, 32, 32, 4, 2, unaligned=True),
-    Row("attention", 80, 64, 4, 32, 32, 8, 1, unaligned=True),
-    Row("attention_dq", 80, 128, 2, 32, 32, 8, 2, unaligned=True),
-    Row("attention_dq", 80, 64, 4, 32, 32, 8, 2, unaligned=True),
-    Row("attention_dkdv", 80, 64, 2, 32, 32, 8, 2, unaligned=True),
-    Row("attention_dkdv", 80, 128, 2, 16, 32, 8, 2, unaligned=True),
-    *(row._replace(capability=120) for row in ATTENTION_80),
-    Row("attention", 100, 64, 2, 128, 64, 4, 3),
-    Row("attention", 100, 128, 2, 128, 64, 8, 2),
-    Row("attention", 90, 64, 2, 128, 64, 8, 3, max_registers=128),
-    Row("attention", 90, 128, 2, 128, 64, 8, 3),
-    Row("attention_dq", 100, 128, 2, 128, 64, 8, 2),
-    Row("attention_dq", 90, 64, 2, 128, 64, 8, 3, max_registers=128),
-    Row("attention_dq", 90, 128, 2, 128, 64, 8, 3),
-    Row("attention_dkdv", 100, 128, 2, 64, 128, 8, 2),
-    Row("attention_dkdv", 90, 64, 2, 64, 64, 4, 3),
-    Row("attention_dkdv", 90, 128, 2, 64, 128, 8, 3),
+    LaunchConfig("attention", 80, 128, 2, 32, 32, 4, 2, unaligned=True),
+    LaunchConfig("attention", 80, 64, 4, 32, 32, 8, 1, unaligned=True),
+    LaunchConfig("attention_dq", 80, 128, 2, 32, 32, 8, 2, unaligned=True),
+    LaunchConfig("attention_dq", 80, 64, 4, 32, 32, 8, 2, unaligned=True),
+    LaunchConfig("attention_dkdv", 80, 64, 2, 32, 32, 8, 2, unaligned=True),
+    LaunchConfig("attention_dkdv", 80, 128, 2, 16, 32, 8, 2, unaligned=True),
+    *(config._replace(capability=120) for config in ATTENTION_80),
+    LaunchConfig("attention", 100, 64, 2, 128, 64, 4, 3),
+    LaunchConfig("attention", 100, 128, 2, 128, 64, 8, 2),
+    LaunchConfig("attention", 90, 64, 2, 128, 64, 8, 3, max_registers=128),
+    LaunchConfig("attention", 90, 128, 2, 128, 64, 8, 3),
+    LaunchConfig("attention_dq", 100, 128, 2, 128, 64, 8, 2),
+    LaunchConfig("attention_dq", 90, 64, 2, 128, 64, 8, 3, max_registers=128),
+    LaunchConfig("attention_dq", 90, 128, 2, 128, 64, 8, 3),
+    LaunchConfig("attention_dkdv", 100, 128, 2, 64, 128, 8, 2),
+    LaunchConfig("attention_dkdv", 90, 64, 2, 64, 64, 4, 3),
+    LaunchConfig("attention_dkdv", 90, 128, 2, 64, 128, 8, 3),
     *ATTENTION_80,
-    Row("attention", 0, 64, 2, 64, 64, 4, 2),
-    Row("attention", 0, 128, 2, 64, 32, 4, 2),
-    Row("attention", 0, 64, 4, 32, 32, 4, 2),
-    Row("attention", 0, 128, 4, 16, 32, 8, 2),
-    Row("attention", 0, 128, 8, 16, 16, 4, 1),
-    Row("attention_dq", 0, 128, 2, 64, 32, 4, 2),
-    Row("attention_dq", 0, 64, 4, 32, 32, 4, 2),
-    Row("attention_dq", 0, 128, 4, 16, 32, 8, 2),
-    Row("attention_dq", 0, 128, 8, 16, 16, 4, 1),
-    Row("attention_dkdv", 0, 128, 2, 32, 64, 4, 2),
-    Row("attention_dkdv", 0, 64, 4, 32, 32, 8, 2),
-    Row("attention_dkdv", 0, 128, 4, 16, 32, 8, 1),
-    Row("attention_dkdv", 0, 128, 8, 16, 16, 4, 1),
+    LaunchConfig("attention", 0, 64, 2, 64, 64, 4, 2),
+    LaunchConfig("attention", 0, 128, 2, 64, 32, 4, 2),
+    LaunchConfig("attention", 0, 64, 4, 32, 32, 4, 2),
+    LaunchConfig("attention", 0, 128, 4, 16, 32, 8, 2),
+    LaunchConfig("attention", 0, 128, 8, 16, 16, 4, 1),
+    LaunchConfig("attention_dq", 0, 128, 2, 64, 32, 4, 2),
+    LaunchConfig("attention_dq", 0, 64, 4, 32, 32, 4, 2),
+    LaunchConfig("attention_dq", 0, 128, 4, 16, 32, 8, 2),
+    LaunchConfig("attention_dq", 0, 128, 8, 16, 16, 4, 1),
+    LaunchConfig("attention_dkdv", 0, 128, 2, 32, 64, 4, 2),
+    LaunchConfig("attention_dkdv", 0, 64, 4, 32, 32, 8, 2),
+    LaunchConfig("attention_dkdv", 0, 128, 4, 16, 32, 8, 1),
+    LaunchConfig("attention_dkdv", 0, 128, 8, 16, 16, 4, 1),
     # By its registers, two or three programs on a multiprocessor where a row is read twice, the second time from L2: at
     # most 396 rows of GPT-2's vocabulary in 16 bits on an H100, 40 MB.
-    Row("cross_entropy", 0, ANY, 8, 1, 8192, 16, 1),
+    LaunchConfig("cross_entropy", 0, ANY, 8, 1, 8192, 16, 1),
 )
 
 
-def lookup(op: str, device: torch.device, itemsize: int, width: int = 1) -> Row:
+def lookup(op: str, device: torch.device, itemsize: int, width: int = 1) -> LaunchConfig:
     """The row for a call.
 
     Args:
-        op: a name in ROWS.
+        op: a name in CONFIGS.
         device: where the tensors are.
         itemsize: bytes of an element of the tensors that it reads most of.
         width: head_dim or n_cols.
@@ -129,16 +129,17 @@ def lookup(op: str, device: torch.device, itemsize: int, width: int = 1) -> Row:
     Raises:
         ValueError: no row is that wide.
     """
-    return _first_row(op, capability(device), itemsize, width)
+    trial = _trial and _trial.configs.get(op)
+    return trial or _first_config(op, capability(device), itemsize, width)
 
 
 @functools.cache
-def _first_row(op: str, at: int, itemsize: int, width: int) -> Row:
-    for row in ROWS:
-        fits = at >= row.capability and width <= row.width and itemsize <= row.itemsize
-        if row.op == op and fits and (width % 16 or not row.unaligned):
-            return row
-    widest = max(row.width for row in ROWS if row.op == op)
+def _first_config(op: str, at: int, itemsize: int, width: int) -> LaunchConfig:
+    for config in CONFIGS:
+        fits = at >= config.capability and width <= config.width and itemsize <= config.itemsize
+        if config.op == op and fits and (width % 16 or not config.unaligned):
+            return config
+    widest = max(config.width for config in CONFIGS if config.op == op)
     raise ValueError(f"{op} takes at most {widest} columns, and was given {width}")
 
 
@@ -152,9 +153,13 @@ def n_programs(device: torch.device) -> int:
     return next(count for at_least, count in MULTIPROCESSORS if at >= at_least)
 
 
-@functools.cache
 def capability(device: torch.device) -> int:
     """90 for an H100; 0 where there is no GPU."""
+    return _dry_run.capability if _dry_run else _capability(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -185,6 +190,55 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+class Call(NamedTuple):
+    """What `run` would have launched."""
+
+    kernel: triton.JITFunction
+    args: dict[str, Any]
+    """every parameter of the kernel by name, constexprs too"""
+    options: dict[str, int | None]
+    """num_warps, num_stages, maxnreg"""
+    grid: tuple[int, ...]
+
+
+class DryRun:
+    """`with DryRun(90, calls.append):` launches nothing in this block, and notes what a GPU of that compute capability
+    would be given. What the kernels would have written is left as it was."""
+
+    def __init__(self, capability: int, note: Callable[[Call], None]):
+        self.capability, self.note = capability, note
+
+    def __enter__(self) -> None:
+        global _dry_run
+        self._outer, _dry_run = _dry_run, self
+
+    def __exit__(self, *_: object) -> None:
+        global _dry_run
+        _dry_run = self._outer
+
+
+class Trial:
+    """`with Trial(config):` launches the op of each config with it, whatever the table says: for the tuner and tests.
+
+    One that is entered again finds its compiled kernels.
+    """
+
+    def __init__(self, *configs: LaunchConfig):
+        self.configs = {config.op: config for config in configs}
+        self._compiled: dict[tuple, Callable] = {}
+
+    def __enter__(self) -> None:
+        global _trial, _compiled
+        self._outer = _trial, _compiled
+        _trial, _compiled = self, self._compiled
+
+    def __exit__(self, *_: object) -> None:
+        global _trial, _compiled
+        _trial, _compiled = self._outer
+
+
+_dry_run: DryRun | None = None
+_trial: Trial | None = None
 _compiled: dict[tuple, Callable] = {}
 _MOST_COMPILED = 4096
 """entries; lengths of sequences that all differ, as in sampling, would fill the memory"""
@@ -195,8 +249,8 @@ def run(
     tensors: Sequence[torch.Tensor | None],
     numbers: Sequence[int | float | None],
     configure: Callable[[], tuple[tuple[int, ...], dict[str, Any]]],
-    facts: Any = None,
-) -> None:
+    also: Hashable = None,
+) -> bool:
     """Launch `kernel[grid](*tensors, *numbers, **constants)` on the device of the first tensor.
 
     Triton finds out at each launch what it knows already: whether it has compiled for such arguments. Here what it
@@ -207,22 +261,34 @@ def run(
         tensors: the first one is not None.
         numbers: sizes and strides.
         configure: grid and constants, which are constexprs and options such as num_warps. They follow from dtypes,
-            numbers, capability and `facts`.
-        facts: whatever else they follow from; hashable.
+            numbers, capability and `also`.
+        also: whatever else they follow from.
+
+    Returns:
+        Whether it was launched: False in a dry run.
     """
+    if _dry_run:
+        grid, constants = configure()
+        names = kernel.arg_names
+        args = dict(zip(names, (*tensors, *numbers), strict=False))
+        args |= {name: value for name, value in constants.items() if name in names}
+        options = {name: value for name, value in constants.items() if name not in names}
+        _dry_run.note(Call(kernel, args, options, grid))
+        return False
     first = tensors[0]
     index = first.get_device()  # -1 without a GPU
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            return run(kernel, tensors, numbers, configure, facts)
+            return run(kernel, tensors, numbers, configure, also)
     key = None
     if type(first) in PLAIN:  # not a fake one, with which launches are counted
         pointers = [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
         dtypes = [tensor is None or tensor.dtype for tensor in tensors]
-        key = (id(kernel), index, facts, *numbers, *dtypes, *[pointer and pointer % 16 for pointer in pointers])
+        key = (id(kernel), index, also, *numbers, *dtypes, *[pointer and pointer % 16 for pointer in pointers])
         launch_again = _compiled.get(key)
         if launch_again:
-            return launch_again(pointers, numbers)
+            launch_again(pointers, numbers)
+            return True
     grid, constants = configure()
     compiled = kernel[grid](*tensors, *numbers, **constants)
     if key and compiled is not None:  # the interpreter has nothing to keep
@@ -230,7 +296,7 @@ def run(
             _compiled.clear()
         constexprs = [constants[name] for name in kernel.arg_names[len(tensors) + len(numbers) :]]
         _compiled[key] = _launcher(compiled, grid, max(index, 0), constexprs)
-    return None
+    return True
 
 
 def _launcher(compiled: Any, grid: tuple[int, ...], device: int, constexprs: list) -> Callable:

@@ -177,21 +177,21 @@ def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 def _configure(op: str, r: torch.Tensor, *strides: int | None, **flags: bool) -> tuple[tuple[int, ...], dict]:
     """A grid of programs that share the rows of r, and the constants of `op`, which reads rows of these strides."""
     n_cols = r.shape[-1]
-    row = launch.lookup(op, r.device, r.element_size(), n_cols)
+    config = launch.lookup(op, r.device, r.element_size(), n_cols)
     constants = flags | {
         "N_COLS": n_cols,
         "ALIGN": math.gcd(16, *(stride for stride in strides if stride is not None)),
         "COMPUTE_DTYPE": launch.compute_dtype(r.dtype),
-        "BLOCK_M": row.block_m,
+        "BLOCK_M": config.block_m,
         "BLOCK_N": launch.next_power_of_2(n_cols),
-        "NUM_STAGES": row.num_stages,
-        "num_warps": row.num_warps,
+        "NUM_STAGES": config.num_stages,
+        "num_warps": config.num_warps,
     }
-    return (_n_programs(row, r),), constants
+    return (_n_programs(config, r),), constants
 
 
-def _n_programs(row: launch.Row, r: torch.Tensor) -> int:
-    return min(launch.n_programs(r.device), launch.cdiv(r.numel() // r.shape[-1], row.block_m))
+def _n_programs(config: launch.LaunchConfig, r: torch.Tensor) -> int:
+    return min(launch.n_programs(r.device), launch.cdiv(r.numel() // r.shape[-1], config.block_m))
 
 
 def _launch_forward(
@@ -261,9 +261,9 @@ def _launch_backward(
 
 def _configure_partials(partials: torch.Tensor) -> tuple[tuple[int, ...], dict]:
     n_cols = partials.shape[-1]
-    row = launch.lookup("layer_norm_partials", partials.device, partials.element_size())
-    constants = {"N_COLS": n_cols, "BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "num_warps": row.num_warps}
-    return (launch.cdiv(n_cols, row.block_n),), constants
+    config = launch.lookup("layer_norm_partials", partials.device, partials.element_size())
+    constants = {"N_COLS": n_cols, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "num_warps": config.num_warps}
+    return (launch.cdiv(n_cols, config.block_n),), constants
 
 
 def _empty(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

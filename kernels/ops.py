@@ -64,7 +64,7 @@ def triton_ops(device_type: str) -> Ops:
         layer_norm=layer_norm.layer_norm,
         add_layer_norm=layer_norm.add_layer_norm,
         gelu=gelu.gelu,
-        attention=attention.causal_attention,
+        attention=attention.attention,
         cross_entropy=cross_entropy.cross_entropy,
         linear_cross_entropy=cross_entropy.linear_cross_entropy,
     )

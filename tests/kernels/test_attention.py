@@ -28,7 +28,7 @@ SHAPES = (  # every length and every head_dim that has a case of its own, odd co
 )
 
 
-def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, function=causal_attention) -> torch.Tensor:
+def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, function=attention.attention) -> torch.Tensor:
     """The packed form, with the signature of the separate one: each input gets a gradient to be looked at."""
     H = q.shape[1]
     qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=-1)
@@ -300,7 +300,7 @@ def test_the_first_position_sees_itself_alone(dtype):
 @pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)], ids=["no sequences", "no positions"])
 def test_nothing(shape):
     qkv = normal(*shape).requires_grad_()
-    out = causal_attention(qkv, 2)
+    out = attention.attention(qkv, 2)
     out.sum().backward()
     assert out.shape == (*shape[:2], 8) and qkv.grad.shape == shape
     B, T, _ = shape
@@ -311,15 +311,15 @@ def test_nothing(shape):
 
 
 REFUSED = {
-    "head_dim": lambda: causal_attention(normal(1, 3, 3 * 129), 1),
+    "head_dim": lambda: attention.attention(normal(1, 3, 3 * 129), 1),
     "head_dim of 1 to 128": lambda: causal_attention(*(normal(1, 1, 3, 129) for _ in range(3))),
-    "n_head divides C": lambda: causal_attention(normal(1, 3, 24), 3),
-    r"\(B, T, 3C\)": lambda: causal_attention(normal(1, 3, 25), 1),
-    "0 heads": lambda: causal_attention(normal(1, 3, 24), 0),
-    r"got \(5, 24\)": lambda: causal_attention(normal(5, 24), 2),
+    "n_head divides C": lambda: attention.attention(normal(1, 3, 24), 3),
+    r"\(B, T, 3C\)": lambda: attention.attention(normal(1, 3, 25), 1),
+    "0 heads": lambda: attention.attention(normal(1, 3, 24), 0),
+    r"got \(5, 24\)": lambda: attention.attention(normal(5, 24), 2),
     "alike in shape": lambda: causal_attention(normal(1, 2, 3, 4), normal(1, 1, 3, 4), normal(1, 2, 3, 4)),
     "alike in": lambda: causal_attention(normal(1, 2, 3, 4), normal(1, 2, 3, 4), normal(1, 2, 3, 4).half()),
-    "int32": lambda: causal_attention(torch.ones(1, 3, 24, dtype=torch.int32, device=DEVICE), 2),
+    "int32": lambda: attention.attention(torch.ones(1, 3, 24, dtype=torch.int32, device=DEVICE), 2),
 }
 
 
@@ -345,7 +345,7 @@ def test_gradcheck():
     q, k, v = (normal(1, 1, 19, 3, dtype=torch.float64, seed=i).requires_grad_() for i in range(3))
     assert torch.autograd.gradcheck(causal_attention, (q, k, v), fast_mode=True)
     qkv = normal(1, 3, 12, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: causal_attention(x, 2), qkv, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x: attention.attention(x, 2), qkv, fast_mode=True)
 
 
 def test_opcheck_packed():
@@ -371,7 +371,7 @@ def test_torch_compile_makes_one_graph():
 def test_a_second_backward_pass():
     qkv, do = normal(1, 33, 3 * 16).requires_grad_(), normal(1, 33, 16, seed=1)
     kept = qkv.detach().clone()
-    out = causal_attention(qkv, 2)
+    out = attention.attention(qkv, 2)
     first, second = (torch.autograd.grad(out, qkv, do, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second) and torch.equal(qkv.detach(), kept)
 

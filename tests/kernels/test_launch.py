@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from kernels import launch
-from tests.conftest import ROOT
+from kernels import cross_entropy, gelu, launch
+from tests.conftest import DEVICE, ROOT
 
 MATMUL = torch.backends.cuda.matmul
 
@@ -130,3 +130,40 @@ def test_operands_are_rounded_for_tf32_and_only_there(compiled):
 def test_odd_lengths_and_head_dims_do_not_spill(compiled):
     assert {case for case, *_ in compiled} > {"odd", "wide", "widest"}
     assert [line for line in compiled if line[2]] == []
+
+
+def test_a_dry_run_lists_launches_and_writes_nothing():
+    x = torch.ones(1000, device=DEVICE)
+    calls: list[launch.Call] = []
+    with launch.DryRun(90, calls.append):
+        gelu.gelu(x)
+        assert launch.capability(x.device) == 90
+    (call,) = calls
+    assert call.kernel is gelu._gelu_fwd_kernel and call.grid == (1,)
+    assert call.args["x_ptr"] is x and (call.args["n_elements"], call.args["BLOCK_N"]) == (1000, 1024)
+    assert call.options == {"num_warps": 4, "num_stages": 1}
+    assert launch.capability(torch.device("cpu")) == 0
+    assert gelu.gelu(x)[0].item() == pytest.approx(0.8412, abs=1e-4)
+    assert len(calls) == 1
+
+
+def test_a_dry_run_looks_at_no_target():
+    calls: list[launch.Call] = []
+    with launch.DryRun(0, calls.append):
+        cross_entropy.cross_entropy(torch.ones(2, 5, device=DEVICE), torch.tensor([7, 1], device=DEVICE))
+    assert [call.kernel.fn.__name__ for call in calls] == ["_cross_entropy_fwd_kernel", "_mean_kernel"]
+
+
+def test_a_trial_is_for_its_op_and_its_block():
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    before = launch.lookup("gelu", x.device, 4)
+    trial = launch.Trial(before._replace(block_n=256, num_warps=2))
+    calls: list[launch.Call] = []
+    with trial, launch.DryRun(90, calls.append):
+        gelu.gelu(x)
+        assert launch.lookup("embedding", x.device, 4).op == "embedding"
+    assert calls[0].grid == (12,) and calls[0].options["num_warps"] == 2
+    assert launch.lookup("gelu", x.device, 4) is before
+    with trial:
+        ours = gelu.gelu(x)
+    assert torch.equal(ours, gelu.gelu(x))
