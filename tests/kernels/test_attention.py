@@ -219,9 +219,9 @@ def test_packed_of_any_strides(view):
 def assert_packed_no_worse(qkv: torch.Tensor, do: torch.Tensor) -> None:
     """Than eager, and the results of contiguous tensors."""
     inputs, contiguous = {"qkv": qkv, "n_head": 2}, {"qkv": qkv.contiguous(), "n_head": 2}
-    assert_no_worse(accuracy.compare_op(causal_attention, eager.attention, inputs, [do]))
+    assert_no_worse(accuracy.compare_op(attention.attention, eager.attention, inputs, [do]))
     assert_same_but_for_delta(
-        results(causal_attention, inputs, do), results(causal_attention, contiguous, do.contiguous())
+        results(attention.attention, inputs, do), results(attention.attention, contiguous, do.contiguous())
     )
 
 

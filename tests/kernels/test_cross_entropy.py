@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
+import triton.runtime.interpreter
 
 from kernels import accuracy, cross_entropy, eager
 from tests.conftest import ROOT, needs_interpreter
