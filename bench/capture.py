@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from bench.machine_code import specialise as specialise  # what is noted here can be compiled
 from kernels import launch
 from kernels.ops import Ops, triton_ops
 
@@ -294,56 +295,3 @@ def fake_parameters(module: torch.nn.Module) -> torch.nn.Module:
                     fakes[parameter] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
                 part._parameters[name] = fakes[parameter]
     return module
-
-
-class Specialised(NamedTuple):
-    """A launch as Triton's JIT would compile it."""
-
-    source: Any
-    options: dict[str, Any]
-    target: Any
-
-    def compile(self) -> Any:
-        """Compile for the target, or take it from Triton's cache on disk."""
-        return triton.compile(self.source, target=self.target, options=self.options)
-
-    @property
-    def key(self) -> tuple:
-        """Equal for launches that run the same machine code."""
-        return (self.source.fn.__name__, self.source.hash(), tuple(sorted(self.options.items())), self.target.arch)
-
-
-def specialise(noted: Launch, capability: int) -> Specialised:
-    """Derive signature, constexprs and attributes (which pointers and sizes are multiples of 16) as the JIT does.
-
-    Args:
-        noted: a launch, seen in a process that does not interpret.
-        capability: 80, 90 or 100.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    kernel, target = noted.kernel, GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    args = {name: _Pointer(arg) if isinstance(arg, Tensor) else arg for name, arg in noted.args.items()}
-    bound, specialization, options = binder(**args, **noted.options, debug=False)
-    options, signature, constexprs, attrs = kernel._pack_args(backend, noted.options, bound, specialization, options)
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    return Specialised(source, options.__dict__, target)
-
-
-class _Pointer:
-    """A tensor where the JIT asks for dtype and address: allocations start at multiples of 16."""
-
-    def __init__(self, tensor: Tensor):
-        self.dtype = tensor.dtype
-        self._offset = tensor.offset
-
-    def data_ptr(self) -> int:
-        return self._offset
-
-    @staticmethod
-    def ptr_range() -> int:
-        return 0

@@ -6,24 +6,19 @@ the launchers give.
 
 import dataclasses
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 
-from bench import capture, pictures, step
+from bench import capture, machine_code, pictures, step
 from bench.chips import CHIPS, Chip, occupancy
 from bench.results import PREDICTED
 from bench.tables import table
 from model.gpt import PRESETS
 
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CHIP_OF = {80: CHIPS["A100"], 90: CHIPS["H100"], 100: CHIPS["B200"]}
 BEST_MMA = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 
@@ -34,13 +29,13 @@ class Resources(NamedTuple):
     kernel: str
     preset: str
     capability: int
+    occupancy: float
     registers: int
     spills: int
-    """bytes of stack a thread: what did not fit into registers"""
+    """bytes of stack per thread: what did not fit into registers"""
     shared: int
-    """bytes a block"""
+    """bytes per block"""
     threads: int
-    occupancy: float
     load_bits: int
     """widest access to global memory of one thread; what a copy engine moves counts as 128"""
     store_bits: int
@@ -80,55 +75,11 @@ def resources(presets: Iterable[str] = ("d12", "d48"), capabilities: Iterable[in
     return sorted(found, key=lambda r: (r.capability, r.preset, r.kernel))
 
 
-def inspect(specialised: capture.Specialised, kernel: str, preset: str) -> Resources:
+def inspect(specialised: machine_code.Specialised, kernel: str, preset: str) -> Resources:
     """Compile, and read the machine code."""
-    compiled = specialised.compile()
-    capability, n_warps = specialised.target.arch, compiled.metadata.num_warps
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = _output_of("cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = _output_of("nvdisasm", "-c", cubin.name)
-    registers, spills = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-    ptx = compiled.asm["ptx"]
-    mma = next((kind for kind in ("tcgen05.mma", "wgmma.mma", "mma.sync") if kind in ptx), "")
-    return Resources(
-        kernel,
-        preset,
-        capability,
-        registers,
-        spills,
-        compiled.metadata.shared,
-        32 * n_warps,
-        occupancy(CHIP_OF[capability], registers, compiled.metadata.shared, n_warps),
-        _widest(sass, r"LDG|LDGSTS", "UTMALDG"),
-        _widest(sass, r"STG", "UTMASTG"),
-        mma.partition(".")[0],
-        "tt.dot" in compiled.asm["ttir"],
-        mma.startswith("wgmma") and _is_serialised(ptx),
-    )
-
-
-def _is_serialised(ptx: str) -> bool:
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [BINARIES / "ptxas", "-arch=sm_90a", file.name, "-o", os.devnull]
-        return "serialized" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-def _output_of(program: str, *args: str) -> str:
-    return subprocess.run([BINARIES / program, *args], capture_output=True, text=True, check=True).stdout
-
-
-def _widest(sass: str, instructions: str, copy_engine: str) -> int:
-    """In bits, of the instructions that the program has."""
-    accesses = re.findall(rf"\b(?:{instructions})\.([\w.]+)", sass)
-    widths = [next((WIDTHS[word] for word in access.split(".") if word in WIDTHS), 32) for access in accesses]
-    return max([*widths, 128 if copy_engine in sass else 0])
-
-
-WIDTHS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+    code, chip = machine_code.read(specialised), CHIP_OF[specialised.target.arch]
+    of_chip = occupancy(chip, code.registers, code.shared, code.threads // 32)
+    return Resources(kernel, preset, chip.capability, of_chip, **code._asdict())
 
 
 def complaints(found: Iterable[Resources]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import kernels
-from bench import resources
+from bench import machine_code, resources
 from bench.chips import CHIPS
 from bench.resources import Resources
 from bench.traffic import VOCABULARY
@@ -21,7 +21,7 @@ SCRIPT = """
 import json
 from kernels import interpreter
 interpreter.choose("cuda")
-from bench import resources
+from bench import machine_code, resources
 print(json.dumps([r._asdict() for r in resources.resources(presets=["d12"])]))
 """
 ROW_KERNELS = {
@@ -95,4 +95,4 @@ def test_what_is_below_is_told(found):
     ],
 )
 def test_widths_are_read_off_the_machine_code(sass, bits):
-    assert resources._widest(sass, "LDG|LDGSTS", "UTMALDG") == bits
+    assert machine_code._widest(sass, "LDG|LDGSTS", "UTMALDG") == bits

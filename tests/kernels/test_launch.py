@@ -63,12 +63,12 @@ def test_fp32_dots_do_what_torchs_matmuls_do():
 
 
 COMPILE = """
-import json, re, tempfile
+import json, re
 from concurrent.futures import ThreadPoolExecutor
 from kernels import interpreter
 interpreter.choose("cuda")
 import torch
-from bench import capture, resources
+from bench import capture, machine_code
 from kernels.attention import causal_attention
 from kernels.layer_norm import add_layer_norm
 
@@ -94,14 +94,10 @@ cases = {
 }
 
 def inspect(case, capability, noted):
-    compiled = capture.specialise(noted, capability).compile()
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = resources._output_of("cuobjdump", "--dump-resource-usage", file.name)
-    spills = int(re.search(r"STACK:(\\d+)", usage)[1])
-    ptx = compiled.asm["ptx"]
-    return [case, noted.name, spills, ".tf32.tf32" in ptx, len(re.findall(r"and.b32.*, -8192;", ptx))]
+    specialised = capture.specialise(noted, capability)
+    ptx = specialised.compile().asm["ptx"]
+    n_rounded = len(re.findall(r"and.b32.*, -8192;", ptx))
+    return [case, noted.name, machine_code.read(specialised).spills, ".tf32.tf32" in ptx, n_rounded]
 
 with ThreadPoolExecutor(2) as pool:
     variants = [(case, capability, noted) for case, (capability, launches) in cases.items() for noted in launches]
