@@ -27,14 +27,20 @@ UNFINISHED = ".unfinished"
 """Folder inside an output folder where work waits that the same command resumes."""
 
 
+LONGEST_MESSAGE = 1600
+
+
 class BadInput(Exception):
     """Input that cannot be used. The message is one line that names the flag or the file and says what to do.
 
-    What it quotes may come from anybody, so that characters by which a terminal is controlled are written as escapes.
+    What it quotes may come from anybody: characters that control a terminal are written as escapes, and the middle of a
+    message of more than LONGEST_MESSAGE characters is left out.
     """
 
     def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message))
+        text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+        half = LONGEST_MESSAGE // 2
+        super().__init__(text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}")
 
 
 class Stopped(BaseException):

@@ -204,3 +204,9 @@ def test_processes_of_one_number_in_one_folder(tmp_path):
     assert len(first.errors.splitlines()) == 1
     assert sorted(path.name for path in output_dir.iterdir()) == ["train_000000.bin", "val_000000.bin"]
     assert set(tmp_path.iterdir()) == {left, output_dir}
+
+
+def test_a_message_is_no_longer_than_a_screen():
+    """What a reader of somebody else's file says may quote all of it."""
+    told = str(BadInput("--resume x: " + "\x1b" * 5000 + "; name another checkpoint"))
+    assert len(told) < 1700 and told.startswith("--resume x: ") and told.endswith("; name another checkpoint")
