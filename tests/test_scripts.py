@@ -114,9 +114,9 @@ def test_slurm_job_whose_folder_is_gone_starts_nothing(echo, tmp_path):
     assert (done.returncode, done.stdout) == (2, "") and str(tmp_path / "gone") in done.stderr
 
 
-def wait_for_step_5(log: Path) -> None:
+def wait_for_step(log: Path, step: int) -> None:
     deadline = time.monotonic() + 90
-    while not (log.exists() and "s:5 trl" in log.read_text()) and time.monotonic() < deadline:
+    while not (log.exists() and f"s:{step} trl" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -137,7 +137,7 @@ def test_slurm_job_saves_when_its_time_is_up_and_goes_on_when_it_comes_back(envi
 
     first = job()
     log = tmp_path / "run" / "main.log"
-    wait_for_step_5(log)
+    wait_for_step(log, 5)
     first.send_signal(signal.SIGUSR1)
     screen, errors = first.communicate(timeout=90)
     assert first.returncode == 0, errors
@@ -154,43 +154,32 @@ def test_slurm_job_saves_when_its_time_is_up_and_goes_on_when_it_comes_back(envi
     assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_torchrun_script_passes_signals_on_and_goes_on(environment, tiny, tmp_path, number):
-    flags = tiny | {"--num_iterations": "1000", "--output_dir": str(tmp_path / "run")}
-    environment |= {"NODES": "1", "RENDEZVOUS": "localhost:0", "RUN": "tiny", "RANKS_PER_NODE": "2"}
-    command = [ROOT / "scripts" / "torchrun.sh", *command_line(flags)]
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_step_5(tmp_path / "run" / "main.log")
-    first.send_signal(number)
-    screen, errors = first.communicate(timeout=90)
-    assert first.returncode == 1 and "SignalException" in errors  # torchrun's own
-    assert "stopped by SIGTERM, SIGUSR1 or SIGHUP after step" in screen
-    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
-    if number == signal.SIGUSR1:  # the job of SLURM above goes on after this one
-        return
-    again = subprocess.run(
-        [*command, "--resume_override", "1", "--num_iterations", folder.name.removeprefix("step_")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert again.returncode == 0 and f"resumed from {folder}" in again.stdout, again.stderr
+TORCHRUN = {"NODES": "1", "RENDEZVOUS": "localhost:0", "RUN": "tiny", "RANKS_PER_NODE": "2"}
 
 
-def test_torchrun_script(environment, tiny, tmp_path):
-    flags = tiny | {"--num_iterations": "3", "--zero_stage": "3", "--output_dir": str(tmp_path / "run")}
-    given = {"NODES": "1", "RENDEZVOUS": "localhost:0", "RUN": "tiny", "RANKS_PER_NODE": "2"}
-    done = subprocess.run(
-        [ROOT / "scripts" / "torchrun.sh", *command_line(flags)],
-        env=environment | given,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks × 1 micro-steps" in done.stdout and (tmp_path / "run" / "model.bin").exists()
-    for name in ("NODES", "RENDEZVOUS", "RUN"):
-        left_out = {key: value for key, value in (environment | given).items() if key != name}
-        done = subprocess.run([ROOT / "scripts" / "torchrun.sh"], env=left_out, capture_output=True, text=True)
-        assert done.returncode != 0 and name in done.stderr
+def test_torchrun_script_passes_signals_on_and_goes_on(environment, tiny, tmp_path):
+    """One start ends by SIGUSR1, the next one resumes and ends by SIGTERM."""
+    flags = tiny | {"--num_iterations": "1000", "--zero_stage": "3", "--output_dir": str(tmp_path / "run")}
+    command, log = [ROOT / "scripts" / "torchrun.sh", *command_line(flags)], tmp_path / "run" / "main.log"
+    screens = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        steps = log.read_text().count("trl") if log.exists() else 0
+        started = subprocess.Popen(
+            command, env=environment | TORCHRUN, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        wait_for_step(log, steps + 5)
+        started.send_signal(number)
+        screen, errors = started.communicate(timeout=90)
+        assert started.returncode == 1 and "SignalException" in errors  # torchrun's own
+        assert "stopped by SIGTERM, SIGUSR1 or SIGHUP after step" in screen
+        screens.append(screen)
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir(), key=lambda folder: int(folder.name[5:]))
+    assert len(saved) == 2 and f"resumed from {saved[0]}" in screens[1]
+    assert "2 ranks × 1 micro-steps" in screens[0]
+
+
+@pytest.mark.parametrize("name", ["NODES", "RENDEZVOUS", "RUN"])
+def test_torchrun_script_names_what_it_lacks(environment, name):
+    left_out = {key: value for key, value in (environment | TORCHRUN).items() if key != name}
+    done = subprocess.run([ROOT / "scripts" / "torchrun.sh"], env=left_out, capture_output=True, text=True)
+    assert done.returncode != 0 and name in done.stderr
