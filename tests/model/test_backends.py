@@ -36,9 +36,11 @@ def results(gpt: GPT, return_logits: bool) -> dict[str, torch.Tensor]:
     return out | ({"logits": logits.detach()} if return_logits else {})
 
 
-@pytest.mark.parametrize("return_logits", [True, False], ids=["logits", "loss alone"])
-@pytest.mark.parametrize("config", [TINY, ODD], ids=["tiny", "odd"])
-@pytest.mark.parametrize("backend", [TRITON, MIX], ids=["triton", "mix"])
+@pytest.mark.parametrize(
+    ("backend", "config", "return_logits"),
+    [(TRITON, TINY, True), (TRITON, ODD, False), (MIX, ODD, True)],
+    ids=["triton-tiny-logits", "triton-odd-loss alone", "mix-odd-logits"],
+)
 def test_loss_logits_and_gradients(backend, config, return_logits):
     truth = results(network(config, EAGER).double(), return_logits)
     ours, eager = (results(network(config, ops), return_logits) for ops in (backend, EAGER))
@@ -47,12 +49,12 @@ def test_loss_logits_and_gradients(backend, config, return_logits):
     assert_no_worse([accuracy.compare(name, ours[name], eager[name], truth[name], summed[name]) for name in truth])
 
 
-def losses_of_training(backend: Ops, n_steps: int = 20, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def losses_of_training(backend: Ops, n_steps: int = 10, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     gpt = network(SHORT, backend).to(dtype)
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
     losses = []
     for step in range(n_steps):
-        loss = gpt(*batch(SHORT, B=1, seed=step % 4), return_logits=False)[1]
+        loss = gpt(*batch(SHORT, B=1, seed=step % 2), return_logits=False)[1]
         losses.append(loss.detach())
         loss.backward()
         optimizer.step()
@@ -60,12 +62,12 @@ def losses_of_training(backend: Ops, n_steps: int = 20, dtype: torch.dtype = tor
     return torch.stack(losses)
 
 
-def test_twenty_steps_of_training():
+def test_ten_steps_of_training():
     ours, eager = losses_of_training(TRITON), losses_of_training(EAGER)
     truth = losses_of_training(EAGER, dtype=torch.float64)
     assert truth[-1] < truth[0] - 0.5
     assert_no_worse([accuracy.compare("losses", ours, eager, truth)])
-    assert torch.equal(ours[:6], losses_of_training(TRITON, n_steps=6)), "two runs of the same kernels differ"
+    assert torch.equal(ours[:3], losses_of_training(TRITON, n_steps=3)), "two runs of the same kernels differ"
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
