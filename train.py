@@ -283,15 +283,17 @@ def sample(gpt: GPT, device: torch.device) -> str:
 def choose_ops(config: Config, world: World) -> ops.Ops:
     """The table of ops that `--backend` names."""
     try:
-        table = ops.parse(config.backend, world.device.type, bool(config.flash))
+        table = ops.parse(config.backend, world.device.type)
     except (ImportError, ValueError, RuntimeError) as error:
         raise BadInput(f"--backend {config.backend}: {error}") from error
-    if config.flash and table.attention is not ops.EAGER_SDPA.attention:
+    if not config.flash:
+        return table
+    if table.attention not in (ops.EAGER.attention, ops.SDPA.attention):
         raise BadInput(
-            f"--flash 1 is for eager attention, and that of --backend {config.backend} is a Triton kernel; give "
-            "--flash 0, --backend eager or --backend triton,attention=eager"
+            f"--flash 1 replaces eager attention, and that of --backend {config.backend} is a Triton kernel; give "
+            "--flash 0, --backend sdpa or --backend triton,attention=sdpa"
         )
-    return table
+    return table._replace(attention=ops.SDPA.attention)
 
 
 def require_cache_folder() -> None:

@@ -93,7 +93,7 @@ def attention(qkv: torch.Tensor, n_head: int) -> torch.Tensor:
 
 
 def sdpa_attention(qkv: torch.Tensor, n_head: int) -> torch.Tensor:
-    """The same as `attention`, by torch's scaled_dot_product_attention: what `--flash 1` asks for."""
+    """The same as `attention`, by torch's scaled_dot_product_attention, which has no (T, T) matrix in memory."""
     q, k, v = _split_heads(qkv, n_head)
     return _merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 

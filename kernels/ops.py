@@ -44,7 +44,8 @@ _BLOCKS: dict[tuple[Callable, ...], Callable] = {}
 """by (layer_norm, add_layer_norm, gelu, attention); filled by `triton_ops`, so that nothing else imports triton"""
 
 EAGER = Ops(*(getattr(eager, name) for name in Ops._fields))
-EAGER_SDPA = EAGER._replace(attention=eager.sdpa_attention)
+SDPA = EAGER._replace(attention=eager.sdpa_attention)
+EAGER_SDPA = SDPA  # the same, by its older name
 
 
 @functools.cache
@@ -72,22 +73,21 @@ def triton_ops(device_type: str) -> Ops:
     return table
 
 
-def parse(spec: str, device_type: str, flash: bool = False) -> Ops:
+def parse(spec: str, device_type: str) -> Ops:
     """The table that a text describes.
 
     Args:
-        spec: a backend, then exceptions to it: "triton", "eager", "triton,attention=eager".
+        spec: a backend (triton, eager or sdpa), then ops from another one, as in "triton,attention=sdpa".
         device_type: what the triton ops will run on, "cuda" or "cpu"; see `triton_ops`.
-        flash: eager attention is `scaled_dot_product_attention`.
 
     Raises:
         ValueError: an unknown backend or op. As `triton_ops`, where the text names triton.
     """
     tables: dict[str, Callable[[], Ops]] = {
-        "eager": lambda: EAGER_SDPA if flash else EAGER,
         "triton": lambda: triton_ops(device_type),
+        "eager": lambda: EAGER,
+        "sdpa": lambda: SDPA,
     }
-
     base, *exceptions = spec.split(",")
     by_op = {op: backend for op, _, backend in (exception.partition("=") for exception in exceptions)}
     for name in (base, *by_op.values()):

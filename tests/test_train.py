@@ -140,11 +140,15 @@ def test_overfitting_a_single_batch(run_tiny):
     assert run.losses[-1] < 0.5 < 3.5 < run.losses[0]
 
 
-def test_flash_trains_like_the_explicit_attention(run_tiny, sdpa_calls):
+def test_sdpa_trains_like_the_explicit_attention(run_tiny, sdpa_calls):
     explicit = run_tiny(flash=0).losses
     assert not sdpa_calls
-    assert run_tiny(flash=1).losses == pytest.approx(explicit, rel=1e-5)
+    sdpa = run_tiny(backend="sdpa").losses
+    assert sdpa == pytest.approx(explicit, rel=1e-5)
     assert len(sdpa_calls) == 5 * 2 * TINY.n_layer  # 5 steps of 2 micro-batches
+    for flags in ({}, {"backend": "eager"}, {"backend": "sdpa"}):
+        assert run_tiny(flash=1, **flags).losses == sdpa
+    assert len(sdpa_calls) == 4 * 5 * 2 * TINY.n_layer
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

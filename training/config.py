@@ -72,10 +72,10 @@ class Config:
     backend: str | None = flag(
         None,
         "model",
-        "What computes the ops: triton or eager, and exceptions by op, as in triton,attention=eager (default: triton "
-        "on a GPU, eager elsewhere).",
+        "What computes the ops: triton, eager, or sdpa (eager but for attention by scaled_dot_product_attention), and "
+        "exceptions by op, as in triton,attention=sdpa (default: triton on a GPU, eager elsewhere).",
     )
-    flash: int = switch(0, "model", "How eager attention is computed: 1 by scaled_dot_product_attention, 0 explicitly.")
+    flash: int = switch(0, "model", "llm.c's name for --backend sdpa: 1 makes eager attention sdpa.")
 
     input_bin: str | None = flag(
         None, "data", "Glob of the training shards (default: the embedded corpus, tokenised on first use)."

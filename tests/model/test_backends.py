@@ -7,7 +7,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from kernels import accuracy, ops
-from kernels.ops import EAGER, TRITON, Ops
+from kernels.ops import EAGER, SDPA, TRITON, Ops
 from model.gpt import GPT, GPTConfig
 from tests.conftest import DEVICE, TINY
 from tests.kernels.conftest import assert_no_worse
@@ -146,7 +146,8 @@ def test_parse():
     assert ops.parse("eager", DEVICE) == EAGER
     assert ops.parse("triton", DEVICE) == TRITON
     assert ops.parse("triton,attention=eager,gelu=eager", DEVICE) == MIX
-    assert ops.parse("triton,attention=eager", DEVICE, flash=True).attention is ops.EAGER_SDPA.attention
+    assert ops.parse("sdpa", DEVICE) == SDPA != EAGER
+    assert ops.parse("triton,attention=sdpa", DEVICE) == TRITON._replace(attention=SDPA.attention)
     assert ops.parse("eager,gelu=triton", DEVICE) == EAGER._replace(gelu=TRITON.gelu)
     for wrong, told in {"cuda": "unknown backend", "triton,relu=eager": "unknown op", "triton,gelu": "backend"}.items():
         with pytest.raises(ValueError, match=told):

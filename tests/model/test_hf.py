@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from common import BadInput
 from data.tokenizer import gpt2_encoding, vocabulary_files
-from kernels.ops import EAGER_SDPA
+from kernels.ops import SDPA
 from model import hf, llmc
 from model.gpt import GPT, GPTConfig
 
@@ -99,9 +99,9 @@ def refusal(folder: Path) -> str:
 
 
 def test_same_logits_from_a_folder(small):
-    gpt = hf.from_pretrained(str(small), EAGER_SDPA)
+    gpt = hf.from_pretrained(str(small), SDPA)
     assert gpt.config == GPTConfig(block_size=24, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
-    assert gpt.ops is EAGER_SDPA and gpt.lm_head.weight is gpt.transformer.wte.weight
+    assert gpt.ops is SDPA and gpt.lm_head.weight is gpt.transformer.wte.weight
     assert_same_logits(gpt, GPT2LMHeadModel.from_pretrained(small))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from common import BadInput
 from data.tokenizer import END_OF_TEXT, gpt2_encoding, token_bytes
-from kernels.ops import EAGER, EAGER_SDPA
+from kernels.ops import EAGER, SDPA
 from model import llmc
 from model.gpt import GPT, GPTConfig
 
@@ -146,8 +146,8 @@ def test_load_model_from_a_file_and_from_a_run_directory(tmp_path):
     llmc.write_model(tmp_path / "model.bin", gpt)
     ids = torch.arange(8).view(1, 8)
     for path in (tmp_path / "model.bin", tmp_path, str(tmp_path)):
-        loaded = llmc.load_model(path, EAGER_SDPA)
-        assert loaded.config == gpt.config and loaded.ops is EAGER_SDPA
+        loaded = llmc.load_model(path, SDPA)
+        assert loaded.config == gpt.config and loaded.ops is SDPA
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
         torch.testing.assert_close(loaded(ids)[0], gpt(ids)[0])
 
