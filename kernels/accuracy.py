@@ -1,13 +1,13 @@
-"""What correct means here: no worse than eager.
+"""The definition of correct: no worse than eager.
 
 The truth is float64 on the CPU, from the same rounded inputs. For an output and for every gradient,
 
     max|kernel − truth| ≤ 2·max|eager − truth| + SLACK_ULPS·max|truth|·(eps(dtype)·√n_summed + eps(inner)/√n_averaged)
 
-Both sides round, in different orders, so the kernel may be off where eager is right by luck: the last term is what
-luck is worth. Its second part is for results of a whole network alone: means over many rows of numbers that were
-rounded to 16 bit on the way. (Apple's CCE has the idea, https://arxiv.org/abs/2411.09009; QuACK grows tolerances as
-√rows.)
+At most twice the error of the reference is the rule of flash-attention's tests (tests/test_flash_attn.py in
+https://github.com/Dao-AILab/flash-attention); tolerances that grow as √rows are QuACK's. Both sides round, in different
+orders, so eager is sometimes closer by chance. The last term allows for that. Its second part is for a whole network:
+means over many rows of numbers that were rounded to 16 bits before.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 
 SLACK_ULPS = 4
-"""Rounding the result costs half an ulp of the largest value and its inputs' intermediates another few; four is the
-smallest power of two that covers them."""
+"""Rounding the result costs half an ulp of the largest value, and rounding intermediate values a few more; four is the
+smallest power of two that covers both."""
 
 
 class Comparison(NamedTuple):
-    """How far one tensor is from the truth, and how far it may be."""
+    """The error of one tensor, and its tolerance."""
 
     name: str
     error: float
@@ -35,7 +35,7 @@ class Comparison(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """What is measured of a tensor, or of a part of it."""
+    """Errors of a tensor, or of a part of it."""
 
     kernel: float
     """max|kernel − truth|"""
@@ -45,18 +45,18 @@ class Errors(NamedTuple):
     """max|truth| where the truth is finite"""
 
     def worst(self, other: "Errors") -> "Errors":
-        """Of two parts of a tensor, what is true of both together."""
+        """The errors of two parts of a tensor taken together."""
         return Errors(*map(max, self, other))
 
 
 def measure(kernel: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> Errors:
-    """Measure a tensor, or a part of it; the arguments are those of `compare`. Another shape is infinitely far off."""
+    """Measure a tensor, or a part of it. Arguments as in `compare`. The error of a wrong shape is infinite."""
     if not kernel.shape == eager.shape == truth.shape:
         return Errors(float("inf"), 0.0, 0.0)
     if not truth.numel():
         return Errors(0.0, 0.0, 0.0)
     truth = truth.detach().double()
-    # No boolean index: its int64 positions are eight times as large as the numbers that it picks.
+    # Not by a boolean index, whose int64 positions would take as much memory as the truth again.
     scale = truth.abs().nan_to_num_(nan=0.0, posinf=0.0).max().item()
     return Errors(_largest_difference(kernel, truth), _largest_difference(eager, truth), scale)
 
@@ -73,13 +73,13 @@ def compare(
     """Measure one tensor.
 
     Args:
-        name: what it is called in a report.
-        kernel: as the backend under test computed it; any device, dtype fp64, fp32, fp16 or bf16.
-        eager: as the oracle computed it in the same precision; its dtype may be wider.
-        truth: as the oracle computed it in float64.
+        name: its name in a report.
+        kernel: result of the backend under test, on any device; fp64, fp32, fp16 or bf16.
+        eager: result of the reference in the same precision; its dtype may be wider.
+        truth: result of the reference in float64.
         n_summed: number of rows that were summed into each element, for gradients of weights.
-        inner: the dtype that intermediate results were rounded to, where that is not the kernel's business.
-        n_averaged: number of rows that such errors average out over.
+        inner: dtype to which intermediate results outside of the kernel were rounded; None if they were not.
+        n_averaged: number of rows over which those errors average out.
     """
     return judge(name, measure(kernel, eager, truth), kernel.dtype, n_summed, inner, n_averaged)
 
@@ -92,19 +92,24 @@ def judge(
     inner: torch.dtype | None = None,
     n_averaged: int = 1,
 ) -> Comparison:
-    """Hold what was measured of a whole tensor against the rule; `dtype` is the kernel's, the rest as of `compare`."""
+    """Apply the rule to the errors of a whole tensor. `dtype` is the kernel's; other arguments as in `compare`."""
     info = torch.finfo(dtype)
     ulps = info.eps * n_summed**0.5 + (torch.finfo(inner).eps / n_averaged**0.5 if inner else 0.0)
-    # At least a few of the smallest numbers of the dtype: fp16's gradients live down there.
-    luck = SLACK_ULPS * (ulps * errors.scale + info.tiny * info.eps)
-    return Comparison(name, errors.kernel, 2.0 * errors.eager + luck, errors.eager)
+    # At least a few of the smallest subnormal numbers of the dtype: gradients in fp16 are that small.
+    slack = SLACK_ULPS * (ulps * errors.scale + info.tiny * info.eps)
+    return Comparison(name, errors.kernel, 2.0 * errors.eager + slack, errors.eager)
 
 
 def _largest_difference(tensor: torch.Tensor, truth: torch.Tensor) -> float:
-    """max|tensor − truth|, where the same infinity, or NaN on both sides, is no difference."""
+    """max|tensor − truth|. Equal infinities, and NaN on both sides, count as equal."""
     tensor = tensor.detach().to(truth.device, torch.float64)
     same = (tensor == truth) | (tensor.isnan() & truth.isnan())
     return (tensor - truth).abs_().masked_fill_(same, 0.0).nan_to_num_(nan=float("inf")).max().item()
+
+
+def as_list(output: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs of an op that returns one tensor or several."""
+    return [output] if isinstance(output, torch.Tensor) else list(output)
 
 
 def outputs_and_gradients(
@@ -117,14 +122,13 @@ def outputs_and_gradients(
     Args:
         function: takes the inputs in their order.
         inputs: tensors and numbers by name; floating-point tensors are differentiated.
-        gradients: of each output, in order.
+        gradients: one per output.
 
     Returns:
-        The outputs as "out0", "out1" …, then the gradients as "d" and the name of their input.
+        Outputs as "out0", "out1" …, then gradients as "d" and the name of the input.
     """
     leaves = {name: value.detach().requires_grad_() if _is_float(value) else value for name, value in inputs.items()}
-    out = function(*leaves.values())
-    outs = [out] if isinstance(out, torch.Tensor) else list(out)
+    outs = as_list(function(*leaves.values()))
     differentiated = {name: leaf for name, leaf in leaves.items() if _is_float(leaf)}
     grads = torch.autograd.grad(
         outs, list(differentiated.values()), [g.to(o) for g, o in zip(gradients, outs, strict=True)], allow_unused=True
@@ -140,17 +144,17 @@ def compare_op(
     gradients: Sequence[torch.Tensor],
     n_summed: Mapping[str, int] | None = None,
 ) -> list[Comparison]:
-    """Hold an op against the oracle, forward and every gradient.
+    """Compare an op with the reference, forward and every gradient.
 
     Args:
         kernel: the op under test.
-        eager: the oracle, called in the inputs' dtype and in float64 on the CPU.
-        inputs: as of `outputs_and_gradients`, on the device and in the dtype under test.
-        gradients: of each output, in the dtype under test.
-        n_summed: rows summed into each element of a gradient, by its name ("dweight"); 1 where not given.
+        eager: the reference, called in the inputs' dtype and in float64 on the CPU.
+        inputs: as in `outputs_and_gradients`, on the device and in the dtype under test.
+        gradients: one per output, in the dtype under test.
+        n_summed: rows summed into each element of a gradient, by its name ("dweight"); 1 if not given.
 
     Returns:
-        One comparison for each output and each gradient.
+        One comparison per output and per gradient.
     """
     exact_inputs = {k: v.detach().cpu().double() if _is_float(v) else _on_cpu(v) for k, v in inputs.items()}
     truth = outputs_and_gradients(eager, exact_inputs, [g.detach().cpu().double() for g in gradients])

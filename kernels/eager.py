@@ -1,4 +1,4 @@
-"""The oracle: every op of the table in plain PyTorch, as slow and as obvious as its formula.
+"""The reference: every op of the table in plain PyTorch, as slow and as obvious as its formula.
 
 Whatever a kernel computes is measured against these functions. Shapes: B batch, T sequence, C width, H heads,
 D = C/H head_dim, V vocabulary. Floating-point inputs may be of any one dtype; gradients come from autograd.

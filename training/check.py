@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kernels.accuracy import Comparison, Errors, compare, judge, measure, outputs_and_gradients
+from kernels.accuracy import Comparison, Errors, as_list, compare, judge, measure, outputs_and_gradients
 from kernels.ops import EAGER, Ops
 from model.gpt import GPT
 
@@ -73,15 +73,15 @@ def _compare_ops(
     n_slice = _slice_length(gpt, x)
 
     def watched(op: str) -> Callable:
-        oracle = getattr(EAGER, op)
-        arguments = inspect.signature(oracle).parameters
+        reference = getattr(EAGER, op)
+        arguments = inspect.signature(reference).parameters
 
         def call(*inputs: Any) -> Any:
             named = dict(zip(arguments, inputs, strict=True))
-            outputs = _in_slices(oracle, named, n_slice)
+            outputs = _in_slices(reference, named, n_slice)
             name = f"{op} {counts[op]}"
             counts[op] += 1
-            report(name, _compare_call(oracle, getattr(gpt.ops, op), named, outputs, n_slice, dtype))
+            report(name, _compare_call(reference, getattr(gpt.ops, op), named, outputs, n_slice, dtype))
             return outputs if len(outputs) > 1 else outputs[0]
 
         return call
@@ -93,7 +93,7 @@ def _compare_ops(
 
 
 def _compare_call(
-    oracle: Callable,
+    reference: Callable,
     kernel: Callable,
     inputs: dict[str, Any],
     outputs: list[torch.Tensor],
@@ -115,10 +115,10 @@ def _compare_call(
         by_kernel = outputs_and_gradients(kernel, inputs, gradients)
         for rows, part, share in _slices(inputs, n_slice):
             grads = [g[rows] if g.dim() else g * share for g in gradients]
-            by_eager = outputs_and_gradients(oracle, part, grads)
+            by_eager = outputs_and_gradients(reference, part, grads)
             with torch.autocast(outputs[0].device.type, enabled=False):
                 exact = {name: _double(value) for name, value in part.items()}
-                truth = outputs_and_gradients(oracle, exact, [_double(g) for g in grads])
+                truth = outputs_and_gradients(reference, exact, [_double(g) for g in grads])
             for name in truth:
                 if name not in by_kernel:
                     continue
@@ -141,12 +141,11 @@ def _compare_call(
     ]
 
 
-def _in_slices(oracle: Callable, inputs: dict[str, Any], n_slice: int) -> list[torch.Tensor]:
+def _in_slices(reference: Callable, inputs: dict[str, Any], n_slice: int) -> list[torch.Tensor]:
     """The outputs of an eager op, computed a few sequences at a time."""
     pieces, shares = [], []
     for _, part, share in _slices(inputs, n_slice):
-        out = oracle(*part.values())
-        pieces.append([out] if isinstance(out, torch.Tensor) else out)
+        pieces.append(as_list(reference(*part.values())))
         shares.append(share)
     return [
         torch.cat(of_one) if of_one[0].dim() else sum(loss * share for loss, share in zip(of_one, shares, strict=True))

@@ -35,7 +35,7 @@ def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, function=attention
     return function(qkv, H).unflatten(-1, (H, -1)).transpose(1, 2)
 
 
-def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return packed(q, k, v, eager.attention)
 
 
@@ -46,7 +46,7 @@ def inputs_of(*shape: int, dtype: torch.dtype = FP32) -> dict[str, torch.Tensor]
 def assert_attention_no_worse(form, inputs: dict[str, torch.Tensor], do: torch.Tensor | None = None) -> None:
     q = inputs["q"]
     do = normal(*q.shape, dtype=q.dtype, seed=9) if do is None else do
-    assert_no_worse(accuracy.compare_op(form, oracle, inputs, [do]))
+    assert_no_worse(accuracy.compare_op(form, reference, inputs, [do]))
 
 
 def results(form, inputs: dict, do: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -158,7 +158,7 @@ def test_scores_that_overflow_an_exponential():
     q, k, v = inputs.values()
     do = normal(*q.shape, seed=9)
     assert (q @ k.mT / 8).triu(1).max() > 2000
-    out, dq, dk, dv = accuracy.compare_op(packed, oracle, inputs, [do])
+    out, dq, dk, dv = accuracy.compare_op(packed, reference, inputs, [do])
     assert_no_worse([out, dv])
     # dp and delta have the same D summands where softmax is one-hot, in another order: √D ulps, and a few for o.
     ulps = 4 * 64**0.5 * torch.finfo(FP32).eps * (do @ v.mT).abs().max() / 8

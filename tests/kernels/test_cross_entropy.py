@@ -21,7 +21,7 @@ def ids(*shape: int, below: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def oracle(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def reference(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Eager as under autocast: 16-bit logits, and a loss in fp32."""
     return eager.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
@@ -69,7 +69,7 @@ def test_numbers(make, dtype):
     logits, targets = make(dtype)
     three = torch.tensor(3.0, device=DEVICE)
     given = {"logits": logits, "targets": targets}
-    assert_no_worse(accuracy.compare_op(cross_entropy.cross_entropy, oracle, given, [three]))
+    assert_no_worse(accuracy.compare_op(cross_entropy.cross_entropy, reference, given, [three]))
     assert cross_entropy.cross_entropy(logits, targets).dtype == torch.float32
 
 
@@ -77,7 +77,9 @@ def test_numbers(make, dtype):
 def test_numbers_in_place(dtype):
     logits, targets = 3 * normal(17, 61, dtype=dtype), here_and_there(ids(17, below=61))
     three = torch.tensor(3.0, device=DEVICE)
-    assert_no_worse(accuracy.compare_op(inplace_cross_entropy, oracle, {"logits": logits, "targets": targets}, [three]))
+    assert_no_worse(
+        accuracy.compare_op(inplace_cross_entropy, reference, {"logits": logits, "targets": targets}, [three])
+    )
 
 
 @dtypes
@@ -204,7 +206,10 @@ def test_infinite_logits():
     logits[1, 1:] = float("-inf")
     targets = torch.tensor([60, 0, 5, 7], device=DEVICE)
     comparisons = accuracy.compare_op(
-        cross_entropy.cross_entropy, oracle, {"logits": logits, "targets": targets}, [torch.tensor(1.0, device=DEVICE)]
+        cross_entropy.cross_entropy,
+        reference,
+        {"logits": logits, "targets": targets},
+        [torch.tensor(1.0, device=DEVICE)],
     )
     assert_no_worse(comparisons)
 

@@ -1,4 +1,4 @@
-"""The oracle against its formulas, written out in NumPy's float64, and its gradients against finite differences."""
+"""The reference against its formulas, written out in NumPy's float64, and its gradients against finite differences."""
 
 import math
 

@@ -39,15 +39,15 @@ def without_branch(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"x" if name == "residual" else name: tensor for name, tensor in inputs.items() if name != "branch"}
 
 
-def oracle(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Eager LayerNorm, also where torch has none for the mixture of dtypes."""
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), bias.dtype)
     return eager.layer_norm(x.to(wide), weight.to(wide), bias.to(wide)).to(x.dtype)
 
 
-def add_oracle(residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
+def add_reference(residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
     residual = residual + branch
-    return residual, oracle(residual, weight, bias)
+    return residual, reference(residual, weight, bias)
 
 
 def assert_both_no_worse(inputs, gradients=None):
@@ -56,8 +56,8 @@ def assert_both_no_worse(inputs, gradients=None):
     n_rows = inputs["residual"].numel() // inputs["residual"].shape[-1]
     summed = {"dweight": n_rows, "dbias": n_rows}
     alone = without_branch(inputs)
-    assert_no_worse(accuracy.compare_op(layer_norm, oracle, alone, gradients[1:], summed))
-    assert_no_worse(accuracy.compare_op(add_layer_norm, add_oracle, inputs, gradients, summed))
+    assert_no_worse(accuracy.compare_op(layer_norm, reference, alone, gradients[1:], summed))
+    assert_no_worse(accuracy.compare_op(add_layer_norm, add_reference, inputs, gradients, summed))
 
 
 @dtypes
@@ -123,7 +123,7 @@ def test_under_autocast(dtype):
             return add_layer_norm(*inputs)
 
     def rounded(*inputs):
-        residual, normed = add_oracle(*inputs)
+        residual, normed = add_reference(*inputs)
         return residual, normed.to(dtype) if normed.dtype == FP32 else normed
 
     residual, normed = ours(*inputs.values())
@@ -239,8 +239,8 @@ def test_gradients_of_a_sum_over_what_is_used(used, branch):
         sum(outputs[i].sum() * (i + 1) for i in used).backward()
         return {name: leaf.grad for name, leaf in leaves.items()}
 
-    ours, oracles = gradients(add_layer_norm), gradients(eager.add_layer_norm)
-    for name, want in oracles.items():
+    ours, references = gradients(add_layer_norm), gradients(eager.add_layer_norm)
+    for name, want in references.items():
         if want is None:
             assert ours[name] is None
         else:
@@ -395,7 +395,7 @@ def test_full_size(width):
             return add_layer_norm(*inputs)
 
     def rounded(*inputs):
-        residual, normed = add_oracle(*inputs)
+        residual, normed = add_reference(*inputs)
         return residual, normed.to(BF16) if normed.dtype == FP32 else normed
 
     summed = {"dweight": 16384, "dbias": 16384}

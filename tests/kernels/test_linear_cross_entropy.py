@@ -10,7 +10,7 @@ from kernels import accuracy, cross_entropy, eager
 from kernels.cross_entropy import linear_cross_entropy
 from tests.conftest import needs_interpreter
 from tests.kernels.conftest import DEVICE, DTYPES, assert_no_worse, dtypes, normal
-from tests.kernels.test_cross_entropy import here_and_there, ids, oracle
+from tests.kernels.test_cross_entropy import here_and_there, ids, reference
 
 OPS = torch.ops.tritongpt
 half_dtypes = pytest.mark.parametrize("dtype", [DTYPES["fp16"], DTYPES["bf16"]], ids=["fp16", "bf16"])
@@ -22,9 +22,9 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(cross_entropy, "chunk_rows", lambda n_rows, *sizes: min(4, n_rows))
 
 
-def linear_oracle(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def linear_reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Eager as under autocast: matmuls in the dtype of hidden, loss in fp32."""
-    return oracle(F.linear(hidden, weight.to(hidden.dtype)), targets)
+    return reference(F.linear(hidden, weight.to(hidden.dtype)), targets)
 
 
 def inputs(n_rows: int, n_cols: int, width: int, dtype: torch.dtype = torch.float32, **kwargs) -> dict:
@@ -70,7 +70,7 @@ def test_numbers(make, dtype):
     given = make(dtype)
     three = torch.tensor(3.0, device=DEVICE)
     comparisons = accuracy.compare_op(
-        linear_cross_entropy, linear_oracle, given, [three], {"dweight": len(given["targets"])}
+        linear_cross_entropy, linear_reference, given, [three], {"dweight": len(given["targets"])}
     )
     assert_no_worse(comparisons)
     assert linear_cross_entropy(*given.values()).dtype == torch.float32
@@ -91,7 +91,7 @@ def test_numbers_under_autocast(dtype):
     for hidden in (given["hidden"], given["hidden"].to(dtype)):
         comparisons = accuracy.compare_op(
             under_autocast(linear_cross_entropy),
-            under_autocast(linear_oracle),
+            under_autocast(linear_reference),
             given | {"hidden": hidden},
             [ONE],
             {"dweight": 11},
@@ -143,7 +143,7 @@ def test_small_gradients_survive_fp16():
     weight[7, 0] = 4.5
     given = {"hidden": hidden.half(), "weight": weight.half(), "targets": torch.full((4,), 7, device=DEVICE)}
     factor = torch.tensor(2.0**16, device=DEVICE)
-    comparisons = accuracy.compare_op(linear_cross_entropy, linear_oracle, given, [factor], {"dweight": 4})
+    comparisons = accuracy.compare_op(linear_cross_entropy, linear_reference, given, [factor], {"dweight": 4})
     assert_no_worse(comparisons)
     results = accuracy.outputs_and_gradients(linear_cross_entropy, given, [factor])
     assert all(results[c.name].abs().max() > 2 * c.tolerance for c in comparisons), "zeros would have passed"
@@ -154,7 +154,7 @@ def test_sequences_and_strides():
     weight = normal(16, 61, seed=1).t()
     comparisons = accuracy.compare_op(
         lambda h, w, t: linear_cross_entropy(h, w, t),
-        lambda h, w, t: linear_oracle(h, w, t.contiguous()),
+        lambda h, w, t: linear_reference(h, w, t.contiguous()),
         {"hidden": hidden, "weight": weight, "targets": targets},
         [ONE],
         {"dweight": 15},
