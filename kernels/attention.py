@@ -30,7 +30,7 @@ import triton.language as tl
 
 from kernels import launch
 from kernels.cost import Cost
-from kernels.dispatch import autocast_dtype, check, register
+from kernels.dispatch import PLAIN, autocast_dtype, check, register
 
 MAX_HEAD_DIM = 128
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -301,7 +301,7 @@ def _launch(
     if 0 in shape:
         return
     tensors, strides = zip(*heads, strict=True)
-    if type(tensors[0]) not in launch.PLAIN:  # fake, and looked at: as (B, H, T, D)
+    if type(tensors[0]) not in PLAIN:  # fake, and looked at: as (B, H, T, D)
         tensors = [x.as_strided(shape, stride) for x, stride in heads]
     numbers = (*itertools.chain.from_iterable(strides), shape[1], shape[2])
     precision = launch.fp32_dot_precision() if tensors[0].dtype == torch.float32 else "ieee"

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import attention, gelu, layer_norm
-from kernels.dispatch import FLOATS, unasked_apply, unseen
+from kernels.dispatch import FLOATS, autocast_dtype, unasked_apply, unseen
 
 
 def block(
@@ -45,7 +45,7 @@ def block(
         return None
     device, C = residual.device, residual.shape[-1]
     autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else residual.dtype
+    dtype = autocast_dtype(device, torch.float32) if autocast else residual.dtype
     dtypes = {t.dtype for t in tensors}
     uniform = dtypes <= {torch.float32, dtype} if autocast else len(dtypes) == 1 and dtype in FLOATS
     if not uniform or any(t.device != device for t in tensors):

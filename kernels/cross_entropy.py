@@ -30,7 +30,7 @@ import triton.language as tl
 
 from kernels import launch
 from kernels.cost import Cost
-from kernels.dispatch import autocast_dtype, check, register, transformed
+from kernels.dispatch import PLAIN, autocast_dtype, check, register, transformed
 
 IGNORE_INDEX = -1
 
@@ -295,7 +295,7 @@ def _mean(
     is_valid = torch.empty((), dtype=torch.int32, device=losses.device)
     tensors = losses, targets, loss, n_counted, is_valid
     launched = launch.run(_mean_kernel, tensors, (len(losses), n_cols, ignore_index), lambda: _configure_mean(losses))
-    if not launched and type(is_valid) in launch.PLAIN:  # a dry run wrote nothing; fake tensors count what follows
+    if not launched and type(is_valid) in PLAIN:  # a dry run wrote nothing; fake tensors count what follows
         return loss, n_counted
     message = f"a target is out of bounds: it is neither in [0, {n_cols}) nor {ignore_index}"
     if launch.capability(losses.device):

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from kernels.launch import PLAIN
-
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""types of tensors with memory: not fake tensors, nor other subclasses"""
 _KINDS = frozenset({*PLAIN, int, float, bool, torch.dtype, type(None)})
-"""of arguments that are what they seem: no fake tensors, no subclasses"""
+"""types of arguments that no subclass hides behind"""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 transformed = torch._C._are_functorch_transforms_active

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dispatch import PLAIN
+
 
 class LaunchConfig(NamedTuple):
     """A row: launch parameters, and the calls that they are for."""
@@ -44,8 +46,6 @@ class LaunchConfig(NamedTuple):
 
 
 ANY = 1 << 62
-PLAIN = (torch.Tensor, torch.nn.Parameter)
-"""tensors with memory: no fake ones, no subclasses"""
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 # (capability from which on it holds, multiprocessors of its largest chip), newest first

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from kernels import eager, launch
 from kernels.cost import Cost
-from kernels.dispatch import autocast_dtype, check, register
+from kernels.dispatch import PLAIN, autocast_dtype, check, register
 
 EPS = tl.constexpr(eager.LAYER_NORM_EPS)
 HIGHEST = tl.constexpr(3.4028234663852886e38)
@@ -167,7 +167,7 @@ def _layer_norm_partials_kernel(
 
 def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(..., C) as rows that are contiguous, and their stride; the same memory where its strides allow that."""
-    if x.is_contiguous() and type(x) in launch.PLAIN:  # a fake one is looked at: as (n_rows, C)
+    if x.is_contiguous() and type(x) in PLAIN:  # a fake one is looked at: as (n_rows, C)
         return x, x.shape[-1]
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()

@@ -1,8 +1,8 @@
-"""The table of ops. A backend is a value of type `Ops`; the model calls whatever functions it is given.
+"""The table of ops. A backend is a value of type `Ops`, and the model calls the functions in it.
 
-To mix backends, replace one entry: `TRITON._replace(attention=EAGER.attention)`, or on the command line
-`--backend triton,attention=eager`. What each function takes and gives is written once, in `kernels/eager.py`; every
-backend has the same signatures. `TRITON` is made when it is first asked for: nothing else needs triton.
+To mix backends, replace an entry: `triton_ops("cuda")._replace(attention=EAGER.attention)`, or on the command line
+`--backend triton,attention=eager`. `kernels/eager.py` documents the arguments and results of every op; all backends
+have the same signatures. Only `triton_ops` imports triton.
 """
 
 import functools
@@ -100,9 +100,3 @@ def parse(spec: str, device_type: str) -> Ops:
             )
     # Only now: to make the table of Triton's ops prepares the process for it.
     return tables[base]()._replace(**{op: getattr(tables[backend](), op) for op, backend in by_op.items()})
-
-
-def __getattr__(name: str) -> Ops:
-    if name == "TRITON":
-        return triton_ops("cuda" if torch.cuda.is_available() else "cpu")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

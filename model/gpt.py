@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from kernels.ops import EAGER, Ops
 from model.hooks import any_hooked, hooked, hooked_besides_fsdp
-from model.recompute import Linear
+from model.recompute import Linear, OpCall
 
 INIT_SEED = 42
 INIT_STD = 0.02
@@ -87,12 +87,12 @@ class LayerNorm(nn.Module):
         residual = _sum(residual, branch)
         return residual, self(residual)
 
-    def recipe(self, x: torch.Tensor, reader: nn.Module) -> tuple:
-        """How to make the LayerNorm of x again: for the `Linear` that opens `reader`. Empty where a hook may have
-        changed it on the way there."""
+    def recompute_from(self, x: torch.Tensor, reader: nn.Module) -> OpCall | None:
+        """The call that returned the LayerNorm of x, for the `Linear` at the start of `reader`. None where a hook may
+        have changed the result in between."""
         if hooked(self) or hooked_besides_fsdp(reader):
-            return ()
-        return self.ops.layer_norm, x, self.weight, self.bias
+            return None
+        return OpCall(self.ops.layer_norm, (x, self.weight, self.bias))
 
 
 class CausalSelfAttention(nn.Module):
@@ -105,9 +105,9 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor, *recipe) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C); with a recipe, x is not kept"""
-        qkv = self.c_attn(x) if hooked(self.c_attn) else self.c_attn(x, *recipe)
+    def forward(self, x: torch.Tensor, recompute_from: OpCall | None = None) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C); `recompute_from` as in `Linear`"""
+        qkv = _call(self.c_attn, x, None if hooked(self.c_attn) else recompute_from)
         return self.c_proj(self.ops.attention(qkv, self.n_head))
 
 
@@ -121,11 +121,11 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor, *recipe) -> torch.Tensor:
-        """(..., C) -> (..., C); with a recipe, x is not kept"""
-        h = self.c_fc(x) if hooked(self.c_fc) else self.c_fc(x, *recipe)
+    def forward(self, x: torch.Tensor, recompute_from: OpCall | None = None) -> torch.Tensor:
+        """(..., C) -> (..., C); `recompute_from` as in `Linear`"""
+        h = _call(self.c_fc, x, None if hooked(self.c_fc) else recompute_from)
         recompute = self.recompute_gelu and not hooked(self.c_proj)
-        return self.c_proj(self.ops.gelu(h), *((self.ops.gelu, h) if recompute else ()))
+        return _call(self.c_proj, self.ops.gelu(h), OpCall(self.ops.gelu, (h,)) if recompute else None)
 
 
 class Block(nn.Module):
@@ -170,10 +170,10 @@ class Block(nn.Module):
 
     def _one_by_one(self, residual: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         residual, normed = self.ln_1.add(residual, branch)
-        recipe = self.ln_1.recipe(residual, self.attn) if self.recompute_norms else ()
-        residual, normed = self.ln_2.add(residual, self.attn(normed, *recipe))
-        recipe = self.ln_2.recipe(residual, self.mlp) if self.recompute_norms else ()
-        return residual, self.mlp(normed, *recipe)
+        recompute_from = self.ln_1.recompute_from(residual, self.attn) if self.recompute_norms else None
+        residual, normed = self.ln_2.add(residual, _call(self.attn, normed, recompute_from))
+        recompute_from = self.ln_2.recompute_from(residual, self.mlp) if self.recompute_norms else None
+        return residual, _call(self.mlp, normed, recompute_from)
 
 
 _PARTS = (LayerNorm, CausalSelfAttention, Linear, nn.Linear, LayerNorm, MLP, Linear, Linear)
@@ -327,6 +327,11 @@ class GPT(nn.Module):
             probs = torch.softmax(logits, dim=-1)
             idx = torch.cat((idx, torch.multinomial(probs, num_samples=1)), dim=1)
         return idx
+
+
+def _call(module: nn.Module, x: torch.Tensor, recompute_from: OpCall | None) -> torch.Tensor:
+    """Call a module. Its hooks see x alone, as in a plain GPT-2, unless there is something to recompute from."""
+    return module(x) if recompute_from is None else module(x, recompute_from)
 
 
 def _sum(residual: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:

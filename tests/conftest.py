@@ -16,14 +16,13 @@ import torch.nn.functional as F
 
 import train
 from data.shards import write_shard
-from kernels import interpreter
-from kernels.ops import EAGER
+from kernels.ops import EAGER, triton_ops
 from model.gpt import GPT, GPTConfig
 from model.llmc import write_model
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-interpreter.choose(DEVICE)  # before any test imports triton, by itself or through torch.compile
+TRITON = triton_ops(DEVICE)  # before any test imports triton, by itself or through torch.compile
 
 import triton  # noqa: E402
 

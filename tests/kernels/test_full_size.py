@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from kernels import accuracy, attention, cross_entropy, eager
-from kernels.ops import TRITON
 from model.gpt import GPT, PRESETS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TRITON
 from tests.kernels.conftest import assert_no_worse, normal
 from training.check import check
 
@@ -85,9 +84,9 @@ def test_compute_sanitizer(tool):
     """Odd shapes, forward and backward, through every op."""
     code = """
 import torch
-from kernels.ops import TRITON
+from kernels.ops import triton_ops
 from model.gpt import GPT, GPTConfig
-gpt = GPT(GPTConfig(block_size=100, vocab_size=131, n_layer=1, n_head=3, n_embd=60), TRITON).cuda()
+gpt = GPT(GPTConfig(block_size=100, vocab_size=131, n_layer=1, n_head=3, n_embd=60), triton_ops("cuda")).cuda()
 ids = torch.randint(131, (3, 98), generator=torch.Generator().manual_seed(0)).cuda()
 for return_logits in (True, False):
     with torch.autocast("cuda", torch.bfloat16):

@@ -7,9 +7,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from kernels import accuracy, ops
-from kernels.ops import EAGER, SDPA, TRITON, Ops
+from kernels.ops import EAGER, SDPA, Ops
 from model.gpt import GPT, GPTConfig
-from tests.conftest import DEVICE, TINY
+from tests.conftest import DEVICE, TINY, TRITON
 from tests.kernels.conftest import assert_no_worse
 
 ODD = GPTConfig(block_size=40, vocab_size=131, n_layer=2, n_head=3, n_embd=60)  # nothing is a power of two

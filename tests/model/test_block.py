@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels.ops import EAGER, TRITON
+from kernels.ops import EAGER
 from model.gpt import GPT, GPTConfig
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, TRITON
 
 SMALL = GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=8)
 

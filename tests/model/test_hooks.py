@@ -13,9 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules import module as of_all
 
-from kernels.ops import EAGER, TRITON, Ops
+from kernels.ops import EAGER, Ops
 from model.gpt import GPT, GPTConfig
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, TRITON
 from training import distributed
 
 CONFIG = GPTConfig(block_size=6, vocab_size=13, n_layer=2, n_head=2, n_embd=8)

@@ -1,11 +1,11 @@
-"""Forgetting and making again: the same bits, and as little kept as is said."""
+"""Activation recomputation: bitwise identical, and no more saved than promised."""
 
 import pytest
 import torch
 
 from kernels.ops import EAGER
 from model.gpt import GPT
-from model.recompute import Linear
+from model.recompute import Linear, OpCall
 from tests.conftest import TINY
 
 
@@ -57,16 +57,16 @@ def test_losses_of_a_run(run_tiny, level):
     assert run_tiny(recompute=level).losses == run_tiny().losses
 
 
-def test_what_a_layer_keeps():
-    """With a recipe a Linear keeps its source; without one, its input."""
+def test_what_a_layer_saves():
+    """With recompute_from a Linear saves the inputs of that call; without it, its own input."""
     layer, source = Linear(6, 5), torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         x = torch.tanh(source)
-        kept.clear()
-        layer(x, torch.tanh, source)
-        assert not any(tensor is x or tensor.data_ptr() == x.data_ptr() for tensor in kept)
-        assert any(tensor is source for tensor in kept)
-        kept.clear()
+        saved.clear()
+        layer(x, OpCall(torch.tanh, (source,)))
+        assert not any(tensor is x or tensor.data_ptr() == x.data_ptr() for tensor in saved)
+        assert any(tensor is source for tensor in saved)
+        saved.clear()
         layer(x)
-        assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept)
+        assert any(tensor.data_ptr() == x.data_ptr() for tensor in saved)

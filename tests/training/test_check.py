@@ -5,9 +5,9 @@ import torch
 
 import train
 from kernels import ops
-from kernels.ops import EAGER, TRITON, Ops
+from kernels.ops import EAGER, Ops
 from model.gpt import GPT
-from tests.conftest import DEVICE, TINY, command_line
+from tests.conftest import DEVICE, TINY, TRITON, command_line
 from training.check import check
 
 
