@@ -79,7 +79,8 @@ class ShardLoader:
                     "shards, or a smaller --batch_size or --sequence_length"
                 )
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._ahead = None  # the batch that is on its way to the GPU
+        self._ahead: tuple[torch.Tensor, torch.Tensor] | None = None  # the batch that is being copied to the GPU
+        self._after_ahead: tuple[int, ...]  # the position after it
         self._mapped: dict[int, np.ndarray] = {}  # the tokens of the shards that are read from
         self._scanned: set[int] = set()  # those whose ids were looked through
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
@@ -98,11 +99,11 @@ class ShardLoader:
             what = "have the same tokens as shards before them, and are read as well"
         known = set(zip(other._lengths, other._ends, strict=True)) if other else set()
         files = []
-        for file, *shard in zip(self.files, self._lengths, self._ends, strict=True):
-            if tuple(shard) in known:
+        for file, shard in zip(self.files, zip(self._lengths, self._ends, strict=True), strict=True):
+            if shard in known:
                 files.append(file)
             if other is None:
-                known.add(tuple(shard))
+                known.add(shard)
         if not files:
             return None
         return f"{', '.join(files[:3])}{f' and {len(files) - 3} more' if files[3:] else ''} {what}"
@@ -229,6 +230,7 @@ class ShardLoader:
         if key not in self._permutations:
             if len(self._permutations) > IN_USE:
                 self._permutations.clear()
+            assert self.shuffle_seed is not None
             random = np.random.RandomState([self.shuffle_seed, epoch, shard + 1])
             self._permutations[key] = random.permutation(length)
         return self._permutations[key]

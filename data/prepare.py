@@ -22,9 +22,10 @@ import stat
 import sys
 import urllib.request
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -430,7 +431,7 @@ def _write_shards(
         )
 
 
-def _tokenise(documents: Iterable[Document], workers: int) -> Iterator[tuple[int, np.ndarray]]:
+def _tokenise(documents: Iterable[Document], workers: int) -> Generator[tuple[int, np.ndarray], None, None]:
     """Numbers of documents and their tokens, in order, with a progress bar on a terminal."""
     documents = iter(documents)
     tasks = iter(lambda: list(itertools.islice(documents, DOCUMENTS_A_TASK)), [])
@@ -441,7 +442,7 @@ def _tokenise(documents: Iterable[Document], workers: int) -> Iterator[tuple[int
             yield n_documents, tokens
 
 
-def _in_workers(tasks: Iterator[list[Document]], workers: int) -> Iterator[tuple[int, np.ndarray]]:
+def _in_workers(tasks: Iterator[list[Document]], workers: int) -> Generator[tuple[int, np.ndarray], None, None]:
     """The results of tasks in their order, from processes of which each has one task at a time.
 
     Each process is asked by one thread at a time through a pipe that no other process holds: either end sees at once
@@ -449,7 +450,8 @@ def _in_workers(tasks: Iterator[list[Document]], workers: int) -> Iterator[tuple
     the locks of threads that the corpus runs.
     """
     context = multiprocessing.get_context("spawn")
-    processes, idle = [], queue.SimpleQueue()
+    processes: list[SpawnProcess] = []
+    idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
 
     def ask(task: list[Document]) -> tuple[int, np.ndarray]:
         connection = idle.get()
@@ -468,7 +470,7 @@ def _in_workers(tasks: Iterator[list[Document]], workers: int) -> Iterator[tuple
         return answer
 
     threads = ThreadPoolExecutor(workers)
-    pending = deque()
+    pending: deque[Future[tuple[int, np.ndarray]]] = deque()
     try:
         while True:
             # Not all at once, or the whole corpus would be read ahead of the workers.
@@ -498,10 +500,9 @@ def _work(connection: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             try:
-                answer = _tokenise_task(connection.recv())
+                connection.send(_tokenise_task(connection.recv()))
             except BadInput as error:
-                answer = error
-            connection.send(answer)
+                connection.send(error)
 
 
 def _tokenise_task(task: list[Document]) -> tuple[int, np.ndarray]:
@@ -624,7 +625,7 @@ def _count(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module."""
     lenient_streams()
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--output_dir", type=Path, help="New folder for the shards (default: data/shards/CORPUS).")
     common.add_argument("--shard_tokens", type=_count, default=SHARD_TOKENS, help="Tokens a shard (default: 1e8).")
     common.add_argument("--val_tokens", type=_count, help="Tokens of validation, from the start of the corpus.")
@@ -655,6 +656,8 @@ def main(argv: list[str] | None = None) -> None:
                 args.workers,
             )
         else:
+            documents: Iterable[Document]
+            val_tokens: int | None
             if args.corpus == "pydoc":
                 documents, val_tokens = pydoc_documents(), PYDOC_VAL_TOKENS
             elif args.corpus == "text":

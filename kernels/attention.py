@@ -21,7 +21,6 @@ compulsory). FLOPs as the field counts them, the causal half of 2 and of 5 produ
 times that backward; what is executed there is 3.5 times.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -276,15 +275,15 @@ def _attention_bwd_dkdv_kernel(
     _store(dv_ptrs, dv, offs_n, T, offs_d, HEAD_DIM)
 
 
-Heads = tuple[torch.Tensor, tuple[int, int, int, int]]
-"""(B, H, T, D) as a kernel takes it: a tensor that starts with the first element, and strides. No view is made."""
+Heads = tuple[torch.Tensor, tuple[int, ...]]
+"""(B, H, T, D) as a kernel takes it: a tensor that starts with the first element, and four strides. No view is made."""
 
 
 def _launch(
     kernel: triton.JITFunction,
     op: str,
     owns: str,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     heads: Sequence[Heads],
     rows: Sequence[torch.Tensor],
 ) -> None:
@@ -300,10 +299,10 @@ def _launch(
     """
     if 0 in shape:
         return
-    tensors, strides = zip(*heads, strict=True)
+    tensors = [x for x, _ in heads]
     if type(tensors[0]) not in PLAIN:  # fake, and looked at: as (B, H, T, D)
-        tensors = [x.as_strided(shape, stride) for x, stride in heads]
-    numbers = (*itertools.chain.from_iterable(strides), shape[1], shape[2])
+        tensors = [x.as_strided(shape, strides) for x, strides in heads]
+    numbers = (*(stride for _, strides in heads for stride in strides), shape[1], shape[2])
     precision = launch.fp32_dot_precision() if tensors[0].dtype == torch.float32 else "ieee"
     launch.run(
         kernel,
@@ -315,7 +314,7 @@ def _launch(
 
 
 def _configure(
-    op: str, owns: str, shape: tuple[int, int, int, int], q: torch.Tensor, precision: str
+    op: str, owns: str, shape: tuple[int, ...], q: torch.Tensor, precision: str
 ) -> tuple[tuple[int, ...], dict]:
     B, H, T, D = shape
     config = launch.lookup(op, q.device, q.element_size(), D)
@@ -334,7 +333,7 @@ def _configure(
     return (launch.cdiv(T, getattr(config, owns)) * B * H,), constants
 
 
-def _forward(shape: tuple[int, int, int, int], q: Heads, k: Heads, v: Heads, o: Heads) -> torch.Tensor:
+def _forward(shape: tuple[int, ...], q: Heads, k: Heads, v: Heads, o: Heads) -> torch.Tensor:
     """Write o and return lse."""
     lse = _empty_lse(shape, q[0])
     _launch(_attention_fwd_kernel, "attention", "block_m", shape, (q, k, v, o), (lse,))
@@ -342,12 +341,12 @@ def _forward(shape: tuple[int, int, int, int], q: Heads, k: Heads, v: Heads, o: 
 
 
 def _backward(
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     do: Heads,
+    o: Heads,
     q: Heads,
     k: Heads,
     v: Heads,
-    o: Heads,
     lse: torch.Tensor,
     dq: Heads,
     dk: Heads,
@@ -364,7 +363,7 @@ def _lse_dtype(itemsize: int) -> torch.dtype:
     return torch.float32 if itemsize == 2 else torch.float64
 
 
-def _empty_lse(shape: tuple[int, int, int, int], q: torch.Tensor) -> torch.Tensor:
+def _empty_lse(shape: tuple[int, ...], q: torch.Tensor) -> torch.Tensor:
     return q.new_empty(shape[:-1], dtype=_lse_dtype(q.element_size()))
 
 
@@ -383,13 +382,14 @@ def _strides(x: torch.Tensor, head_dim: int) -> tuple[int, int, int, int]:
     return stride_b, head_dim * stride_c, stride_t, stride_c
 
 
-def _split_heads(qkv: torch.Tensor, head_dim: int) -> list[Heads]:
+def _split_heads(qkv: torch.Tensor, head_dim: int) -> tuple[Heads, Heads, Heads]:
+    q, k, v = qkv.chunk(3, dim=-1)
     strides = _strides(qkv, head_dim)
-    return [(part, strides) for part in qkv.chunk(3, dim=-1)]
+    return (q, strides), (k, strides), (v, strides)
 
 
-def _separate(*tensors: torch.Tensor) -> list[Heads]:
-    return [(x, x.stride()) for x in tensors]
+def _heads(x: torch.Tensor) -> Heads:
+    return x, x.stride()
 
 
 def _dense_rows(do: torch.Tensor) -> torch.Tensor:
@@ -403,7 +403,7 @@ def _packed_outputs(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch
 
 def packed_forward(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(o (B, T, C), lse) of (B, T, 3C)"""
-    shape = B, H, T, D = _packed_shape(qkv, n_head)
+    B, H, T, D = shape = _packed_shape(qkv, n_head)
     o = qkv.new_empty((B, T, H * D))
     return o, _forward(shape, *_split_heads(qkv, D), (o, _strides(o, D)))
 
@@ -418,10 +418,11 @@ def packed_backward(
     do: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, n_head: int
 ) -> torch.Tensor:
     """The gradient of qkv, contiguous; do may have any strides."""
-    shape = *_, D = _packed_shape(qkv, n_head)
+    shape = _packed_shape(qkv, n_head)
+    D = shape[-1]
     do, dqkv = _dense_rows(do), _empty_like(qkv)
-    heads = *_split_heads(qkv, D), (o, _strides(o, D)), lse, *_split_heads(dqkv, D)
-    _backward(shape, (do, _strides(do, D)), *heads)
+    do_and_o = (do, _strides(do, D)), (o, _strides(o, D))
+    _backward(shape, *do_and_o, *_split_heads(qkv, D), lse, *_split_heads(dqkv, D))
     return dqkv
 
 
@@ -431,7 +432,7 @@ def _separate_outputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tupl
 
 def _separate_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     o = _empty_like(q)
-    return o, _forward(q.shape, *_separate(q, k, v, o))
+    return o, _forward(q.shape, _heads(q), _heads(k), _heads(v), _heads(o))
 
 
 def _separate_gradients(
@@ -444,7 +445,9 @@ def _separate_backward(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     gradients = _empty_like(q), _empty_like(k), _empty_like(v)
-    _backward(q.shape, *_separate(_dense_rows(do), q, k, v, o), lse, *_separate(*gradients))
+    dq, dk, dv = gradients
+    do_and_o = _heads(_dense_rows(do)), _heads(o)
+    _backward(q.shape, *do_and_o, _heads(q), _heads(k), _heads(v), lse, _heads(dq), _heads(dk), _heads(dv))
     return gradients
 
 

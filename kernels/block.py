@@ -143,7 +143,7 @@ def _backward(ctx, dr2, dbranch2):
 
 def _linear_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needed: tuple[bool, ...]
-) -> tuple[torch.Tensor | None, ...]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dx, and dweight and dbias where `needed` starts with True for them, to the bit as autograd computes them."""
     return dy.mm(weight), dy.t().mm(x) if needed[0] else None, dy.sum(0) if needed[1] else None
 

@@ -1,10 +1,11 @@
-"""What a call has to move and to compute at least: the measure that every kernel is held against."""
+"""The least number of bytes and FLOPs of a call, with which measurements of the kernels are compared."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Cost(NamedTuple):
-    """The compulsory work of one call: each input read once, each output written once."""
+@dataclass(frozen=True)
+class Cost:
+    """The compulsory work of one call: each input is read once, and each output written once."""
 
     bytes: int
     """read and written in device memory"""

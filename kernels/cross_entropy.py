@@ -323,8 +323,8 @@ def _forward(
     logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, inplace_backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, statistics, n_counted); `inplace_backward` decides which of the two ops below differentiates it."""
-    wide = {"dtype": _wide(logits.dtype), "device": logits.device}
-    losses, statistics = torch.empty(logits.shape[0], **wide), torch.empty((logits.shape[0], 3), **wide)
+    n_rows, wide = len(logits), _wide(logits.dtype)
+    losses, statistics = logits.new_empty(n_rows, dtype=wide), logits.new_empty((n_rows, 3), dtype=wide)
     _launch(_cross_entropy_fwd_kernel, (logits, targets, losses, statistics), logits.shape[1], ignore_index)
     loss, n_counted = _mean(losses, targets, logits.shape[1], ignore_index)
     return loss, statistics, n_counted
@@ -446,10 +446,10 @@ def _linear_forward(
     """(loss, dhidden, dweight, n_counted); a gradient that is not needed is empty, the others lack
     dloss/(n_counted·GRADIENT_SCALE)."""
     (n_rows, width), n_cols = hidden.shape, weight.shape[0]
-    wide = {"dtype": _wide(hidden.dtype), "device": hidden.device}
-    losses = torch.empty(n_rows, **wide)
-    dhidden = torch.empty(hidden.shape if needs_dhidden else 0, **wide)
-    dweight = torch.zeros(weight.shape if needs_dweight else 0, **wide)
+    wide = _wide(hidden.dtype)
+    losses = hidden.new_empty(n_rows, dtype=wide)
+    dhidden = hidden.new_empty(hidden.shape if needs_dhidden else 0, dtype=wide)
+    dweight = hidden.new_zeros(weight.shape if needs_dweight else 0, dtype=wide)
     beside = losses.nbytes + max(dhidden.nbytes - hidden.nbytes, 0) + max(dweight.nbytes - weight.nbytes, 0)
     if weight.dtype != hidden.dtype:
         weight = weight.to(hidden.dtype)

@@ -37,7 +37,7 @@ def unseen(args: tuple) -> bool:
 
 def unasked_apply(function: type[torch.autograd.Function]) -> Callable:
     """`function.apply` without its question about torch.func, which `unseen` has asked."""
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]  # the base is part of torch._C
 
 
 def register(
@@ -80,9 +80,9 @@ def register(
         if save:
             save(ctx, inputs, output)
 
-    differentiate = differentiate or refuse
-    if not mutates:  # autograd takes no formula for these
-        op.register_autograd(differentiate, setup_context=save_marked)
+    backward_of = differentiate or refuse
+    if not mutates:  # torch accepts no formula for these
+        op.register_autograd(backward_of, setup_context=save_marked)
     op.register_vmap(refuse_vmap)
 
     class Eager(torch.autograd.Function):
@@ -93,14 +93,14 @@ def register(
                 save(ctx, args, output)
             return seen(output)
 
-        backward = staticmethod(differentiate)
+        backward = staticmethod(backward_of)
 
     class Transformed(torch.autograd.Function):
         """For torch.func, which wants this form; torch itself refuses vmap and forward mode here."""
 
         forward = staticmethod(launch)
         setup_context = staticmethod(save_marked)
-        backward = staticmethod(differentiate)
+        backward = staticmethod(backward_of)
 
     Eager.__name__ = Eager.__qualname__ = Transformed.__name__ = Transformed.__qualname__ = name
 

@@ -276,6 +276,7 @@ def run(
         _dry_run.note(Call(kernel, args, options, grid))
         return False
     first = tensors[0]
+    assert first is not None
     index = first.get_device()  # -1 without a GPU
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):

@@ -207,9 +207,9 @@ def _launch_forward(
     if x.numel() == 0:
         return
     n_rows, n_cols, has_branch = x.numel() // x.shape[-1], x.shape[-1], branch is not None
-    r = residual if has_branch else x
+    r = x if residual is None else residual
     x, stride_x = _as_rows(x)
-    branch, stride_branch = _as_rows(branch) if has_branch else (None, None)
+    branch, stride_branch = (None, None) if branch is None else _as_rows(branch)
     launch.run(
         _layer_norm_fwd_kernel,
         (x, branch, weight.contiguous(), bias.contiguous(), residual, y, statistics),

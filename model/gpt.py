@@ -10,8 +10,9 @@ says, because recomputation would not run the hook again.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -153,12 +154,13 @@ class Block(nn.Module):
         Returns:
             (B, T, C), or with as_pair the (residual, branch) that add up to it.
         """
-        pair = self._fused(residual, branch) if self.fused else None
-        residual, branch = pair or self._one_by_one(residual, branch)
-        return (residual, branch) if as_pair else residual + branch
+        r, b = self._fused(residual, branch) or self._one_by_one(residual, branch)
+        return (r, b) if as_pair else r + b
 
     def _fused(self, residual: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Both halves in one call, unless something has to see the modules or ops in it."""
+        if self.fused is None:
+            return None
         attn, mlp = self.attn, self.mlp
         modules = (self.ln_1, attn, attn.c_attn, attn.c_proj, self.ln_2, mlp, mlp.c_fc, mlp.c_proj)
         if tuple(map(type, modules)) != _PARTS or any_hooked(modules):
@@ -180,6 +182,15 @@ _PARTS = (LayerNorm, CausalSelfAttention, Linear, nn.Linear, LayerNorm, MLP, Lin
 """types of a block's modules; where one has been replaced, it is called"""
 
 
+class Transformer(nn.ModuleDict):
+    """Everything of a GPT-2 but its head, by the names of its parts."""
+
+    wte: nn.Embedding
+    wpe: nn.Embedding
+    h: Sequence[Block]
+    ln_f: LayerNorm
+
+
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019) with the output matrix tied to the token embedding, in fp32 on the CPU.
 
@@ -195,7 +206,7 @@ class GPT(nn.Module):
         self.ops = ops
         # On meta first: torch's own initialisation would be thrown away, and would move the global random state.
         with torch.device("meta"):
-            self.transformer = nn.ModuleDict(
+            self.transformer = Transformer(
                 {
                     "wte": nn.Embedding(config.vocab_size, config.n_embd),
                     "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -211,11 +222,14 @@ class GPT(nn.Module):
         if init:
             self.init_weights()
 
+    _was_tied: bool
+    """whether the head was tied when load_state_dict began"""
+
     @property
     def _tied(self) -> bool:
         return getattr(self.lm_head, "weight", None) is self.transformer.wte.weight
 
-    def _apply(self, *args, **kwargs) -> "GPT":
+    def _apply(self, *args: Any, **kwargs: Any) -> "GPT":
         # What `to`, `to_empty`, `double` and their like call. A parameter that it cannot change in place, as on the way
         # to another kind of device, it makes anew for each module that has it.
         tied = self._tied
@@ -233,16 +247,16 @@ class GPT(nn.Module):
         """
         generator = torch.Generator().manual_seed(INIT_SEED)
         residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
-        into_residual = {proj for block in self.transformer.h for proj in (block.attn.c_proj, block.mlp.c_proj)}
+        into_residual = {id(proj) for block in self.transformer.h for proj in (block.attn.c_proj, block.mlp.c_proj)}
 
         def draw(module: nn.Module) -> None:
             if isinstance(module, LayerNorm):
                 module.weight.fill_(1.0)
                 module.bias.zero_()
             elif isinstance(module, nn.Linear | nn.Embedding) and module is not self.lm_head:
-                std = residual_std if module in into_residual else INIT_STD
+                std = residual_std if id(module) in into_residual else INIT_STD
                 module.weight.normal_(0.0, std, generator=generator)
-                if getattr(module, "bias", None) is not None:
+                if isinstance(module, nn.Linear):
                     module.bias.zero_()
 
         self.apply(draw)
@@ -338,11 +352,11 @@ def _sum(residual: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
     return residual if branch is None else residual + branch
 
 
-def _before_loading(gpt: GPT, *_) -> None:
+def _before_loading(gpt: GPT, *_: Any) -> None:
     gpt._was_tied = gpt._tied
 
 
-def _after_loading(gpt: GPT, keys: NamedTuple) -> None:
+def _after_loading(gpt: GPT, keys: Any) -> None:
     """Tie the head again: load_state_dict(assign=True) gives each name a parameter of its own. Where the two differ,
     lm_head.weight counts, as without assign, which copies it over the other."""
     if gpt._was_tied and not gpt._tied:

@@ -157,7 +157,7 @@ def export(run: str | Path, folder: str | Path, vocabulary_files: tuple[Path, Pa
         BadInput: the weights cannot be read, or the folder holds something or cannot be written.
     """
     from safetensors import SafetensorError
-    from transformers import GPT2TokenizerFast
+    from transformers import GPT2TokenizerFast  # type: ignore[attr-defined]  # made at run time
 
     refuse_if_occupied(Path(folder), "FOLDER")  # before the weights are read
     gpt = llmc.load_model(run)
@@ -190,7 +190,7 @@ def _download(name: str) -> Path:
     try:
         # The hub's client retries for half a minute where the hub is out of reach; one question first, and the cache
         # is all that is left to try.
-        files = {file.rfilename for file in huggingface_hub.model_info(source, timeout=HUB_TIMEOUT_S).siblings}
+        files = {file.rfilename for file in huggingface_hub.model_info(source, timeout=HUB_TIMEOUT_S).siblings or ()}
     except huggingface_hub.errors.RepositoryNotFoundError:
         why_not = "it has no model of that name, or not for you"
     except Exception as error:  # whatever the HTTP client of the day raises

@@ -86,7 +86,10 @@ def padded_vocab_size(vocab_size: int) -> int:
 def tensor_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The parameters in the order of the files, each with its shape; the tied matrix stands once, as wte, unpadded."""
     C = config.n_embd
-    shapes = {_WTE: (config.vocab_size, C), "transformer.wpe.weight": (config.block_size, C)}
+    shapes: dict[str, tuple[int, ...]] = {
+        _WTE: (config.vocab_size, C),
+        "transformer.wpe.weight": (config.block_size, C),
+    }
     for kind, units in _BLOCK_TENSORS.items():
         for i in range(config.n_layer):
             shapes[f"transformer.h.{i}.{kind}"] = tuple(unit * C for unit in units)
@@ -178,7 +181,7 @@ def debug_state(gpt: GPT, x: torch.Tensor, y: torch.Tensor, device: torch.device
     with torch.autocast(torch.device(device).type, enabled=False), _exact_matmuls():
         logits, loss = copy(x, y)
         loss.backward()
-    grads = {name: param.grad for name, param in copy.named_parameters()}
+    grads = {name: param.grad for name, param in copy.named_parameters() if param.grad is not None}
     return DebugState(x, y, logits.detach(), loss.detach(), grads)
 
 
@@ -255,7 +258,8 @@ def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
         raise BadInput(
             f"{path}: impossible header: end-of-text {end_of_text} of {n_tokens} tokens; export the file again"
         )
-    tokens, at = [], 0
+    tokens: list[bytes] = []
+    at = 0
     while at < len(content):
         length = content[at]
         if length == 0:
@@ -276,7 +280,7 @@ def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
 def _exact_matmuls() -> Iterator[None]:
     """fp32 matrix products without TF32, whatever the run has chosen for itself."""
     # Not torch.get_float32_matmul_precision, which raises once the newer setters were used.
-    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # it has one
     precisions = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"
@@ -363,5 +367,5 @@ def _read_tensors(file: BinaryIO, config: GPTConfig, dtype: torch.dtype) -> Iter
 
 def _from_file(file: BinaryIO, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     content = bytearray(math.prod(shape) * dtype.itemsize)
-    file.readinto(content)
+    file.readinto(content)  # type: ignore[attr-defined]  # typing.BinaryIO lacks it
     return torch.frombuffer(content, dtype=dtype).view(shape)

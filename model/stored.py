@@ -93,7 +93,7 @@ def _from_file(file: BinaryIO, start: int, dtype: torch.dtype, shape: tuple[int,
     n_bytes = math.prod(shape) * dtype.itemsize
     content = bytearray(n_bytes)
     file.seek(start)
-    if file.readinto(content) != n_bytes:
+    if file.readinto(content) != n_bytes:  # type: ignore[attr-defined]  # typing.BinaryIO lacks it
         raise ValueError("the file was cut meanwhile")
     return torch.frombuffer(content, dtype=dtype).view(shape) if n_bytes else torch.empty(shape, dtype=dtype)
 
@@ -242,7 +242,7 @@ def unpickle(file: BinaryIO, classes: Mapping[str, Any], persistent_load: Callab
     try:
         for count, (opcode, value, _) in enumerate(pickletools.genops(file)):
             # pickle sets aside memory for all indices below the one that is used.
-            if opcode.name.endswith("PUT") and value > count:
+            if opcode.name.endswith("PUT") and (value or 0) > count:
                 raise ValueError("its pickle leaves out indices")
         file.seek(start)
         return Unpickler(file).load()

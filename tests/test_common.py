@@ -197,11 +197,11 @@ def test_processes_of_one_number_in_one_folder(tmp_path):
     killed.communicate()
     (left,) = tmp_path.iterdir()
     first, second = start(), start()
-    for process in (second, first):
-        process.output, process.errors = process.communicate(100 * b" word", timeout=60)
-    assert second.returncode == 0 and b"91 tokens to train on" in second.output, second.errors
-    assert first.returncode == 2 and first.errors.startswith(b"data.prepare: cannot write ")
-    assert len(first.errors.splitlines()) == 1
+    screen, errors = second.communicate(100 * b" word", timeout=60)
+    assert second.returncode == 0 and b"91 tokens to train on" in screen, errors
+    _, errors = first.communicate(100 * b" word", timeout=60)
+    assert first.returncode == 2 and errors.startswith(b"data.prepare: cannot write ")
+    assert len(errors.splitlines()) == 1
     assert sorted(path.name for path in output_dir.iterdir()) == ["train_000000.bin", "val_000000.bin"]
     assert set(tmp_path.iterdir()) == {left, output_dir}
 

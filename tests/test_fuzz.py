@@ -11,8 +11,10 @@ import random
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,8 +120,9 @@ def new_state() -> TrainState:
     adamw = torch.optim.AdamW(gpt.parameters())
     adamw.param_groups[0]["fused"] = False
     scaler = torch.amp.GradScaler("cpu", enabled=True)
-    params = dict(gpt.named_parameters())
-    return TrainState(gpt, params, adamw, scaler, SimpleNamespace(), UpdateGuard(3.0, 3.0), torch.device("cpu"))
+    params: dict[str, torch.Tensor] = dict(gpt.named_parameters())
+    loader: Any = SimpleNamespace()
+    return TrainState(gpt, params, adamw, scaler, loader, UpdateGuard(3.0, 3.0), torch.device("cpu"))
 
 
 @contextlib.contextmanager
@@ -202,7 +205,8 @@ def test_only_regular_files_in_the_folder_are_read(run, saved, model, tmp_path, 
         split(folder)
     elif place == "pickled model":
         into_bin(folder)
-    readers = {"main.log": open_log, "metrics.jsonl": open_log, "model.bin": llmc.load_model}
+    readers: dict[str, Callable] = {"main.log": open_log, "metrics.jsonl": open_log, "model.bin": llmc.load_model}
+    read: Callable
     if place == "run":
         read = readers.get(file, lambda folder: launch_of(folder / "config.json"))
     else:
@@ -610,7 +614,7 @@ def nothing(folder: Path) -> None:
 
 
 # By reader: the folder that is copied, the file in it, how it is changed, what is done to the folder before, who reads.
-READERS = {
+READERS: dict[str, tuple] = {
     "state.json": ("saved", "state.json", change_json, with_scale, read_state),
     "state.json, bytes": ("saved", "state.json", change_bytes, with_scale, read_state),
     "SHA256SUMS": ("saved", "SHA256SUMS", change_bytes, nothing, resume),
@@ -652,7 +656,9 @@ def fuzz(reader: str, folders: dict[str, Path], folder: Path, shards: Path, exam
     content = (folder / file).read_bytes()
     counts, largest = {"read": 0, "refused": 0}, len(content)
 
-    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
+    @settings(
+        max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck]
+    )
     @given(IN_BYTES if change is change_bytes else IN_JSON)
     def check(changes):
         attempt(change(content, changes))

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from model import llmc
 from model.gpt import PRESETS
 from tests.conftest import ROOT, TINY, command_line
 from training.config import Config, parse
-from training.distributed import StopRequest
+from training.distributed import StopRequest, World
 from training.log import RunLog
 
 
@@ -276,7 +277,7 @@ def test_lines_to_paste_survive_a_shell(tmp_path, monkeypatch, capsys):
     for name in (HOSTILE, "nano", "runs/one"):
         Path(name).mkdir(parents=True)
         config = Config(model=f"./{name}", input_bin=f"{name}/train_*.bin", num_iterations=7)
-        train.conclude(config, SimpleNamespace(distributed=False), Path(name), resumable=True)
+        train.conclude(config, cast(World, SimpleNamespace(distributed=False)), Path(name), resumable=True)
         screen = capsys.readouterr().out
         labels = ("resume: ", "go on from these weights: ", "take them to transformers: ")
         lines = re.fullmatch(r".*\n" + r"\n".join(rf"{label} *(.*)" for label in labels) + r"\n", screen, re.DOTALL)

@@ -52,7 +52,8 @@ def ranks(pattern, world, batch_size=None, **options):
 def step(loaders) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of all ranks, in the order of the ranks."""
     batches = [loader.next_batch() for loader in loaders]
-    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+    inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return inputs, targets
 
 
 def same(ours, theirs) -> bool:

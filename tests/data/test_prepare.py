@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -402,7 +403,7 @@ def test_corpus_of_one_token(tmp_path, capsys):
 
 
 def test_default_batches_are_those_of_train():
-    batches = [(each["batch_size"], each["sequence_length"]) for each in BY_DEVICE.values()]
+    batches: list[Any] = [(each["batch_size"], each["sequence_length"]) for each in BY_DEVICE.values()]
     assert min(batches, key=math.prod) == (prepare.DEFAULT_BATCH, prepare.DEFAULT_LENGTH)
     assert max(map(math.prod, batches)) == prepare.DEFAULT_TOKENS
 
@@ -410,7 +411,7 @@ def test_default_batches_are_those_of_train():
 def test_clone_in_a_folder_with_brackets(tmp_path, monkeypatch, capsys):
     """And shards that are given twice, or to train and to validate, are told."""
     monkeypatch.setattr(prepare, "SHARDS", tmp_path / "a [clone]" / "shards")
-    gpt = SimpleNamespace(config=SimpleNamespace(vocab_size=50257))
+    gpt: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=50257))
     world = World(0, 0, 1, torch.device("cpu"), False)
 
     def warnings(*flags) -> list[str]:
@@ -562,7 +563,7 @@ def fineweb_into(capsys, tmp_path):
         try:
             prepare.main(["fineweb", "--output_dir", str(tmp_path / "out"), "--shard_tokens", "300", *argv])
         except SystemExit as stopped:
-            status = stopped.code
+            status = int(stopped.code)
         told = capsys.readouterr()
         assert len(told.err.splitlines()) == (status != 0), told.err
         return status, told.out + told.err

@@ -218,7 +218,8 @@ def test_packed_of_any_strides(view):
 
 def assert_packed_no_worse(qkv: torch.Tensor, do: torch.Tensor) -> None:
     """Than eager, and the results of contiguous tensors."""
-    inputs, contiguous = {"qkv": qkv, "n_head": 2}, {"qkv": qkv.contiguous(), "n_head": 2}
+    inputs: dict[str, torch.Tensor | int] = {"qkv": qkv, "n_head": 2}
+    contiguous: dict[str, torch.Tensor | int] = {"qkv": qkv.contiguous(), "n_head": 2}
     assert_no_worse(accuracy.compare_op(attention.attention, eager.attention, inputs, [do]))
     assert_same_but_for_delta(
         results(attention.attention, inputs, do), results(attention.attention, contiguous, do.contiguous())

@@ -1,5 +1,6 @@
 """Every op as a library's: what autograd and torch.func make of it, what it takes, and what it refuses by name."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -24,8 +25,8 @@ FUTURE = torch.ones(3, 3, dtype=torch.bool, device=DEVICE).triu(1)
 class Case(NamedTuple):
     """An op as a function of floating-point tensors alone."""
 
-    ours: object
-    eager: object
+    ours: Callable
+    eager: Callable | None
     inputs: tuple[torch.Tensor, ...]
 
 
@@ -198,7 +199,7 @@ def test_on_the_meta_device(name):
     case = CASES[name]
     meta = [x.to("meta").requires_grad_() for x in case.inputs]
     targets = {"idx": IDX.to("meta"), "targets": TARGETS.to("meta")}
-    functions = {
+    functions: dict[str, Callable] = {
         "cross_entropy": lambda op: lambda x: op.cross_entropy(x, targets["targets"]),
         "inplace_backward": lambda op: lambda x: op.cross_entropy(x, targets["targets"]),
         "linear_cross_entropy": lambda op: lambda x, w: op.linear_cross_entropy(x, w, targets["targets"]),
@@ -244,7 +245,8 @@ def test_integers_of_any_width(dtype, n_cols):
     logits, weight = normal(3, n_cols), normal(n_cols, 4, seed=1)
     narrow = ids.to(dtype)
     assert torch.equal(cross_entropy(torch.zeros_like(logits), narrow), cross_entropy(torch.zeros_like(logits), ids))
-    for op, inputs in ((cross_entropy, (logits,)), (linear_cross_entropy, (normal(3, 4), weight))):
+    calls: dict[Callable, tuple] = {cross_entropy: (logits,), linear_cross_entropy: (normal(3, 4), weight)}
+    for op, inputs in calls.items():
         leaves = [x.clone().requires_grad_() for x in inputs]
         got, want = op(*leaves, narrow), op(*leaves, ids)
         assert torch.equal(got, want)

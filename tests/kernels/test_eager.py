@@ -169,14 +169,14 @@ def test_cross_entropy(dtype):
     logits, targets = 4 * normal(B, T, V, dtype=dtype), targets_with_gaps()
     loss = eager.cross_entropy(logits, targets)
     assert loss.shape == ()
-    check(loss, np.float64(cross_entropy_formula(exact(logits), targets.numpy())), dtype)
+    check(loss, np.array(cross_entropy_formula(exact(logits), targets.numpy())), dtype)
 
 
 @dtypes
 def test_linear_cross_entropy(dtype):
     hidden, weight, targets = normal(B, T, C, dtype=dtype), normal(V, C, dtype=dtype, seed=1), targets_with_gaps()
     expected = cross_entropy_formula(exact(hidden) @ exact(weight).T, targets.numpy())
-    check(eager.linear_cross_entropy(hidden, weight, targets), np.float64(expected), dtype)
+    check(eager.linear_cross_entropy(hidden, weight, targets), np.array(expected), dtype)
 
 
 def test_cross_entropy_gradients():
@@ -197,7 +197,7 @@ def test_loss_where_nothing_counts():
     loss = eager.cross_entropy(logits, torch.full((B, T), -1))
     assert torch.isnan(loss)
     loss.backward()
-    assert torch.all(logits.grad == 0)
+    assert not logits.grad.any()
 
 
 @pytest.mark.parametrize("target", [V, 2 * V, -5])

@@ -21,7 +21,7 @@ SHAPES = {  # B, T, C, V, block_size
 }
 
 
-def inputs_of(B: int, T: int, C: int, V: int, block_size: int, dtype: torch.dtype = torch.float32):
+def inputs_of(B: int, T: int, C: int, V: int, block_size: int, *, dtype: torch.dtype = torch.float32):
     idx = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(B + T)).to(DEVICE)
     return {
         "idx": idx,
@@ -38,7 +38,7 @@ def assert_no_worse_than_eager(inputs, gradient):
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_numbers(shape, dtype):
-    inputs = inputs_of(*shape, dtype)
+    inputs = inputs_of(*shape, dtype=dtype)
     assert_no_worse_than_eager(inputs, normal(*shape[:3], dtype=dtype, seed=2))
     y = embedding(*inputs.values())
     assert y.dtype == dtype and y.is_contiguous() and torch.equal(y, eager.embedding(*inputs.values()))
@@ -165,14 +165,14 @@ def test_nothing_is_computed_for_a_frozen_weight(trained):
 
 
 def test_gradcheck():
-    idx, *weights = inputs_of(3, 4, 5, 6, 7, torch.float64).values()
+    idx, *weights = inputs_of(3, 4, 5, 6, 7, dtype=torch.float64).values()
     weights = [w.requires_grad_() for w in weights]
     assert torch.autograd.gradcheck(lambda *w: embedding(idx, *w), weights)
 
 
 @dtypes
 def test_opcheck(dtype):
-    idx, *weights = inputs_of(3, 4, 5, 6, 7, dtype).values()
+    idx, *weights = inputs_of(3, 4, 5, 6, 7, dtype=dtype).values()
     torch.library.opcheck(torch.ops.tritongpt.embedding, (idx, *(w.requires_grad_() for w in weights)))
     for needs in ((True, True), (True, False), (False, True)):
         given = (normal(3, 4, 5, dtype=dtype), idx, 6, 7, dtype, dtype, *needs)

@@ -372,7 +372,7 @@ def test_what_is_saved():
     for name in ("hidden", "weight"):
         given[name].requires_grad_()
     shapes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: shapes.append(tuple(tensor.shape)), lambda _: None):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
         linear_cross_entropy(*given.values())
     assert sorted(shapes) == [(), (11, 16), (61, 16)]
 

@@ -1,5 +1,7 @@
 """A block in one call: the bits of its ops called one by one, and only where nothing has to see them."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def network(dtype: torch.dtype = torch.float32, level: int = 0, fused: bool = Tr
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for param in gpt.parameters():
-            param += 0.1 * torch.randn(param.shape, generator=generator)
+            param.add_(0.1 * torch.randn(param.shape, generator=generator))
     for block in gpt.transformer.h:
         block.fused = block.fused if fused else None
     return gpt.to(DEVICE, dtype)
@@ -130,7 +132,8 @@ def test_a_hook_takes_the_block_apart(part, calls):
 
 def test_a_layer_that_was_replaced_is_called(calls):
     gpt = network()
-    mlp, plain = gpt.transformer.h[0].mlp, gpt(*batch(), return_logits=False)[1]
+    mlp: Any = gpt.transformer.h[0].mlp
+    plain = gpt(*batch(), return_logits=False)[1]
     doubled = Doubled(SMALL.n_embd, 4 * SMALL.n_embd).to(DEVICE)
     doubled.load_state_dict(mlp.c_fc.state_dict())
     mlp.c_fc = doubled

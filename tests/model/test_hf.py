@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -255,7 +256,8 @@ def run_directory(path: Path, config: GPTConfig) -> GPT:
 
 
 def load_exported(folder: Path) -> GPT2LMHeadModel:
-    theirs, report = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    theirs, report = loaded
     assert not any(report.values()), report
     return theirs.eval()
 

@@ -2,9 +2,11 @@
 whatever is fused or recomputed."""
 
 import contextlib
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -68,9 +70,9 @@ class PlainGPT2(nn.Module):
         C, V = CONFIG.n_embd, CONFIG.vocab_size
         embeddings = {"wte": nn.Embedding(V, C), "wpe": nn.Embedding(CONFIG.block_size, C)}
         blocks = nn.ModuleList(PlainBlock(C) for _ in range(CONFIG.n_layer))
-        self.transformer = nn.ModuleDict({**embeddings, "h": blocks, "ln_f": nn.LayerNorm(C)})
+        self.transformer: Any = nn.ModuleDict({**embeddings, "h": blocks, "ln_f": nn.LayerNorm(C)})
         self.lm_head = nn.Linear(C, V, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        self.lm_head.weight = embeddings["wte"].weight
         self.load_state_dict(weights)
 
     def forward(self, idx, targets, return_logits=True):
@@ -162,7 +164,7 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], wha
     assert got.keys() == want.keys()
     for name in want:
         torch.testing.assert_close(
-            got[name], want[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{what}, {n}: {m}"
+            got[name], want[name], rtol=1e-4, atol=1e-5, msg=functools.partial("{}, {}: {}".format, what, name)
         )
 
 
@@ -226,7 +228,7 @@ def test_hooks_under_compile():
     for model in (gpt, reference):
         for name in names:
             model.get_submodule(name).register_forward_hook(lambda module, args, output: output * 0.75)
-    compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(gpt, fullgraph=True, backend="aot_eager")
     got = {name.removeprefix("_orig_mod."): value for name, value in results(compiled, return_logits=False).items()}
     assert_same(got, results(reference), "compiled")
 
