@@ -1,0 +1,50 @@
+"""Imports go in one direction and never in a circle. Those inside functions count too."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+ALLOWED = {  # what the files of a folder may import of ours; of kernels the model needs only what does without triton
+    "common": (),
+    "readers": ("common",),
+    "kernels": ("kernels",),
+    "data": ("data", "common", "readers"),
+    "model": ("model", "kernels.ops", "kernels.dispatch", "data.tokenizer", "common", "readers"),
+    "training": ("training", "model", "data", "kernels.ops", "kernels.accuracy", "common", "readers"),
+    "train": ("training", "evals", "model", "data", "kernels.ops", "common", "readers"),
+}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (*ROOT.glob("*.py"), *(file for folder in ALLOWED for file in (ROOT / folder).rglob("*.py")))
+}
+OURS = {*ALLOWED, "evals", "bench", "tests"}
+
+
+def imports(path: Path) -> set[str]:
+    """Names of modules, ours and others'."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= members & FILES.keys() or {str(node.module)}
+    return names
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_one_direction(folder):
+    allowed = tuple(f"{name}." for name in ALLOWED[folder])
+    for file, path in FILES.items():
+        if file.partition(".")[0] == folder:
+            wrong = [n for n in imports(path) if n.partition(".")[0] in OURS and not f"{n}.".startswith(allowed)]
+            assert wrong == [], file
+            assert folder == "kernels" or "triton" not in {n.partition(".")[0] for n in imports(path)}, file
+
+
+def test_no_circle():
+    TopologicalSorter({file: imports(path) for file, path in FILES.items()}).prepare()
