@@ -1,1 +1,1 @@
-"""Tokens: GPT-2's tokenizer, shards on disk, and the way from text to shards."""
+"""Tokens: GPT-2's tokenizer, shards on disk, and their preparation from text."""

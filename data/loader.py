@@ -1,4 +1,4 @@
-"""The loader: what each rank reads from the shards, and in which order."""
+"""The loader: which tokens each rank reads from the shards, and in which order."""
 
 import hashlib
 
@@ -9,38 +9,38 @@ from common import BadInput
 from data.shards import find_shards, open_shard
 
 END = 1024
-"""tokens at both ends of a shard, by which a saved position knows it"""
+"""tokens at each end of a shard that identify it in a saved position"""
 IN_USE = 8
-"""shards at a time, and more than are ever read from in a row; each that is mapped is an open file"""
+"""most shards mapped at a time, more than are read alternately; each is an open file"""
 SCAN_BLOCK = 1 << 22
-"""tokens looked at in one go for ids that are too large"""
+"""tokens checked at a time for ids that are too large"""
 
 
 class ShardLoader:
-    """Micro-batches from the shards that match a glob, round and round.
+    """Micro-batches from the shards that match a glob, in an endless cycle.
 
-    In order, as llm.c: all ranks are in the same shard at the same base. Rank r reads B·T + 1 tokens at base + r·B·T;
-    then base advances by ranks·B·T. Where the next window of all ranks would pass the end of the shard, all go on to
-    the next. The tokens that are left at the end of a shard are therefore up to ranks·B·T; with another number of ranks
-    a run reads the same tokens in the same order, and turns to the next shard a little earlier or later.
+    In order, as in llm.c: all ranks are in the same shard at the same base. Rank r reads B·T + 1 tokens at
+    base + r·B·T; then base advances by ranks·B·T. If the next window of all ranks would pass the end of the shard, all
+    ranks move to the next. So up to ranks·B·T tokens at the end of each shard are not read, and changing the number of
+    ranks slightly moves the point where each shard ends.
 
-    Shuffled: the unit is one sequence, the T + 1 tokens at a multiple of T in a shard. In every epoch the shards come
-    in an order drawn from (seed, epoch), and the sequences of each in an order drawn from (seed, epoch, shard). All
-    ranks together read this one stream, B sequences a rank in turn, across the ends of shards and epochs: whatever the
-    number of ranks, each sequence is read once an epoch.
+    Shuffled: the unit is one sequence, the T + 1 tokens at a multiple of T in a shard. In every epoch the order of the
+    shards is drawn from (seed, epoch), and that of each shard's sequences from (seed, epoch, shard). All ranks together
+    read this one stream, B sequences per rank in turn, across the ends of shards and epochs: for any number of ranks,
+    each sequence is read once per epoch.
 
     Args:
-        pattern: glob of shards; they are read in sorted order.
-        batch_size: B, sequences a rank.
-        sequence_length: T, tokens a sequence.
+        pattern: glob of shards, which are sorted.
+        batch_size: B, sequences per rank.
+        sequence_length: T, tokens per sequence.
         rank: this rank.
         world_size: number of ranks.
-        device: where the batches are put. On CUDA the next batch travels while the last one is computed with.
-        vocab_size: every id must be below it; each shard is looked through when it is opened.
-        shuffle_seed: draws the order of shards and sequences; None for the order on disk.
+        device: device of the batches. On CUDA the next batch is copied during computation with the current one.
+        vocab_size: ids have to be below it; each shard is checked when it is first opened.
+        shuffle_seed: seed for the order of shards and sequences; None for the order on disk.
 
     Raises:
-        BadInput: no file matches; a file is no shard, is too small for one window, or has too large an id.
+        BadInput: no file matches; a file is not a shard, is too small for one window, or has too large an id.
     """
 
     def __init__(
@@ -81,18 +81,18 @@ class ShardLoader:
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._ahead: tuple[torch.Tensor, torch.Tensor] | None = None  # the batch that is being copied to the GPU
         self._after_ahead: tuple[int, ...]  # the position after it
-        self._mapped: dict[int, np.ndarray] = {}  # the tokens of the shards that are read from
-        self._scanned: set[int] = set()  # those whose ids were looked through
+        self._mapped: dict[int, np.ndarray] = {}  # tokens of the open shards
+        self._scanned: set[int] = set()  # shards whose ids were checked
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
         self._sequences = np.array([(length - 1) // sequence_length for length in self._lengths])
         self.reset()
         self._open(int(self._order(0)[0]))
 
     def repeated(self, other: "ShardLoader | None" = None) -> str | None:
-        """Which shards are there twice, in one line: in this loader alone, or here and in `other` too.
+        """A warning that names repeated shards, or None: repeated within this loader, or shared with `other`.
 
-        Two shards are the same if they have the same length and the same tokens at both ends, so that links and copies
-        are found as well as a file that two globs match.
+        Two shards are the same if they have the same length and the same tokens at both ends. This also finds links and
+        copies.
         """
         what = "are in --input_bin and in --input_val_bin: the validation loss is of tokens that are trained on"
         if other is None:
@@ -113,22 +113,22 @@ class ShardLoader:
         return self.world_size * self.batch_size * self.sequence_length
 
     def reset(self) -> None:
-        """Go back to the first token of the first shard; shuffled, to the first sequence of the first epoch."""
+        """Return to the first token of the first shard or, if shuffled, to the first sequence of the first epoch."""
         self._ahead = None
         self._go_to((0,) if self._shuffled else (0, 0))
 
     def state_dict(self) -> dict:
-        """The position of the next batch, the same on every rank: the shard and the token in it; shuffled, the number
-        of sequences that were read so far by all ranks together."""
+        """The position of the next batch, the same on every rank: shard and token in it or, if shuffled, the number of
+        sequences that all ranks together have read."""
         names = ("sequence",) if self._shuffled else ("shard", "base")
         shards = {"lengths": list(self._lengths), "digest": self._digest}
         return dict(zip(names, self._position, strict=True)) | shards
 
     def load_state_dict(self, state: dict) -> None:
-        """Go to a position that `state_dict` gave.
+        """Go to a position from `state_dict`.
 
         Raises:
-            BadInput: it speaks of other shards, or of another order.
+            BadInput: it is a position in other shards, or in another order.
         """
         if list(state["lengths"]) != self._lengths:
             raise BadInput(
@@ -146,7 +146,7 @@ class ShardLoader:
         self._go_to((state["sequence"],) if self._shuffled else (state["shard"], state["base"]))
 
     def where(self) -> str:
-        """What the next batch is read from, in words."""
+        """Where the next batch is read, in words."""
         if not self._shuffled:
             return f"{self.files[self._position[0]]} from token {self._position[1]}"
         shard, index = self._locate(self._position[0])
@@ -157,7 +157,7 @@ class ShardLoader:
         """The next inputs and targets of this rank, each (B, T) int64 on the device.
 
         Raises:
-            BadInput: the next shard has an id at or above vocab_size. All ranks raise it at the same batch.
+            BadInput: the next shard has an id at or above vocab_size. All ranks raise this at the same batch.
         """
         if self._copy_stream is None:
             return self._advance()
@@ -175,7 +175,7 @@ class ShardLoader:
         return self.shuffle_seed is not None
 
     def _go_to(self, position: tuple[int, ...]) -> None:
-        """Make this the position; in the order on disk, the start of the next shard where no window fits behind it."""
+        """Set the position. In order, move to the next shard if no window fits after it."""
         if not self._shuffled:
             shard, base = position
             if base + self._stride + 1 > self._lengths[shard]:
@@ -183,11 +183,11 @@ class ShardLoader:
         self._position = position
 
     def _advance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read this rank's windows at the position, on the CPU, and move the position on."""
+        """Read this rank's windows at the position, on the CPU, and advance the position."""
         B, T = self.batch_size, self.sequence_length
         if self._shuffled:
             (first,) = self._position
-            # Every rank opens what any rank reads, so that all of them refuse a bad shard at the same batch.
+            # Every rank opens the shards of all ranks, so that all refuse a bad shard at the same batch.
             located = [self._locate(first + i) for i in range(self.world_size * B)]
             tokens = {shard: self._open(shard) for shard, _ in located}
             mine = located[self.rank * B : (self.rank + 1) * B]
@@ -203,7 +203,7 @@ class ShardLoader:
         return window[:-1].view(B, T), window[1:].view(B, T)
 
     def _locate(self, sequence: int) -> tuple[int, int]:
-        """Where the sequence of this number in the shuffled stream is: its shard, and its index there."""
+        """Shard, and index in it, of a sequence in the shuffled stream."""
         epoch, number = divmod(sequence, int(self._sequences.sum()))
         order = self._order(epoch)
         ends = np.cumsum(self._sequences[order])
@@ -213,18 +213,18 @@ class ShardLoader:
         return shard, int(self._order_within(epoch, shard)[within])
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The shards in the order of an epoch."""
+        """Order of the shards in an epoch."""
         return self._permutation(epoch, -1, len(self.files)) if self._shuffled else np.arange(len(self.files))
 
     def _order_within(self, epoch: int, shard: int) -> np.ndarray:
-        """The sequences of a shard in the order of an epoch."""
+        """Order of the sequences of a shard in an epoch."""
         return self._permutation(epoch, shard, int(self._sequences[shard]))
 
     def _permutation(self, epoch: int, shard: int, length: int) -> np.ndarray:
-        """A permutation that (seed, epoch, shard) decides, with -1 for the shards themselves.
+        """A permutation drawn from (seed, epoch, shard); -1 for the order of the shards.
 
-        From numpy's RandomState, whose numbers are frozen for all of its versions, so that a run can be resumed after
-        an upgrade.
+        Uses numpy's RandomState, whose numbers never change between versions, so that a run can resume after an
+        upgrade.
         """
         key = (epoch, shard)
         if key not in self._permutations:
@@ -236,7 +236,7 @@ class ShardLoader:
         return self._permutations[key]
 
     def _copy_ahead(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Start copying the next batch to the GPU; the position that others see stays before it."""
+        """Start copying the next batch to the GPU, without changing the position."""
         before = self._position
         x, y = (tensor.pin_memory() for tensor in self._advance())
         self._after_ahead = self._position
@@ -245,7 +245,7 @@ class ShardLoader:
             return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def _open(self, shard: int) -> np.ndarray:
-        """The tokens of a shard; the first time, its ids are looked through."""
+        """The tokens of a shard. Checks its ids the first time."""
         if shard not in self._mapped:
             tokens = open_shard(self.files[shard])
             if shard not in self._scanned:
@@ -257,7 +257,7 @@ class ShardLoader:
         return self._mapped[shard]
 
     def _scan(self, shard: int, tokens: np.ndarray) -> None:
-        """Refuse ids that the model does not know."""
+        """Refuse ids at or above vocab_size."""
         for start in range(0, len(tokens), SCAN_BLOCK):
             block = tokens[start : start + SCAN_BLOCK]
             if block.max() >= self.vocab_size:

@@ -1,8 +1,8 @@
 """From text to shards: `python -m data.prepare CORPUS`.
 
-Documents come as a stream, each starts with end-of-text, and at most one shard of tokens is in memory. The first
-tokens of the stream go to validation, as llm.c does it. The folder appears once it is complete. FineWeb takes hours, so
-its finished shards outlast a failure, and the same command resumes behind them.
+Documents are streamed, each starts with end-of-text, and at most one shard of tokens is in memory. The first tokens go
+to validation, as in llm.c. The folder appears once it is complete. FineWeb takes hours, so its finished shards are kept
+after a failure, and the same command resumes after them.
 """
 
 import argparse
@@ -51,29 +51,29 @@ LINES_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".md", *LINES_SUFFIXES)
 TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
-PYDOC_VAL_TOKENS = 20 * 1024 + 1  # what 20 validation batches of 8 × 128 read
+PYDOC_VAL_TOKENS = 20 * 1024 + 1  # for 20 validation batches of 8 × 128
 TINYSHAKESPEARE_VAL_TOKENS = 32_768  # as in llm.c
-TEXT_VAL_TOKENS = 32_768  # at most; a small corpus gives a tenth of itself
+TEXT_VAL_TOKENS = 32_768  # at most, or a tenth of a small corpus
 
-DOCUMENTS_A_TASK = 64
-TASKS_A_WORKER = 4
+DOCUMENTS_PER_TASK = 64
+TASKS_PER_WORKER = 4
 
 STATE = "state.json"
-"""How far an interrupted preparation came; see `_Progress`."""
+"""progress of an interrupted preparation; see `_Progress`"""
 DEFAULT_BATCH, DEFAULT_LENGTH, DEFAULT_TOKENS = 8, 128, 4096
 """B and T of train.py's defaults on a CPU, and the largest B·T of its defaults, on a GPU"""
 
 
 class Document(NamedTuple):
     name: str
-    """where it comes from, for messages"""
+    """its origin, for messages"""
     text: str
 
 
 def pydoc_documents() -> list[Document]:
-    """The topics of Python's language reference, which every CPython carries, in an order that mixes them.
+    """The topics of Python's language reference, which comes with every CPython, in random order.
 
-    Validation takes the first tokens, so alphabetical order would validate on other words than it trains on.
+    Validation takes the first tokens. In alphabetical order they would be about other topics than training.
     """
     from pydoc_data.topics import topics
 
@@ -83,19 +83,18 @@ def pydoc_documents() -> list[Document]:
 
 
 def text_documents(paths: list[str], field: str, left_out: Counter[str]) -> Iterator[Document]:
-    """One document a text file, one a line of a .jsonl or .ndjson file, one a record of a .json file; folders are
-    searched; "-" is standard input.
+    """One document per text file, per line of a .jsonl or .ndjson file, and per record of a .json file.
 
-    In a folder, hidden files and folders, links and files of other endings are left out; a link could lead anywhere.
-    A file that is met twice is read once.
+    In folders, hidden files and folders, links and files with other endings are skipped; a link could lead anywhere. A
+    file that is found twice is read once.
 
     Args:
-        paths: files, folders, or "-".
-        field: name of the text in a record of JSON.
-        left_out: counts what is not read, by its kind.
+        paths: files, folders, or "-" for standard input.
+        field: name of the text in a JSON record.
+        left_out: counts skipped files by reason.
 
     Raises:
-        BadInput: a path is not there or holds no text; a record is no JSON, or lacks the field.
+        BadInput: a path does not exist or holds no text; a record is not JSON, or lacks the field.
     """
     seen: set[tuple[int, int]] = set()
     for path in paths:
@@ -111,7 +110,9 @@ def text_documents(paths: list[str], field: str, left_out: Counter[str]) -> Iter
         files = _text_files(root, left_out) if in_folder else [root]
         if not files:
             endings = ", ".join(TEXT_SUFFIXES)
-            raise BadInput(f"{path}: no file below it ends in {endings}{_told(left_out)}; name the files themselves")
+            raise BadInput(
+                f"{path}: no file below it ends in {endings}{_list_skipped(left_out)}; name the files themselves"
+            )
         for file in files:
             with _opened(file, follow=not in_folder) as opened:
                 status = os.fstat(opened.fileno())
@@ -133,7 +134,7 @@ def text_documents(paths: list[str], field: str, left_out: Counter[str]) -> Iter
 
 
 def _text_files(root: Path, left_out: Counter[str]) -> list[Path]:
-    """The text files below a folder in sorted order; what else is there is counted."""
+    """The text files below a folder, sorted. Counts the others."""
 
     def unreadable(error: OSError) -> None:
         left_out["folders that cannot be read"] += 1
@@ -155,12 +156,12 @@ def _text_files(root: Path, left_out: Counter[str]) -> list[Path]:
                 left_out["no regular files"] += 1
             else:
                 files.append(path)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # links are not followed anyway
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # os.walk follows no links
     return sorted(files)
 
 
-def _told(left_out: Counter[str]) -> str:
-    """What was not read, in parentheses."""
+def _list_skipped(left_out: Counter[str]) -> str:
+    """The skipped files, in parentheses."""
     kinds = [f"{n} {kind}" for kind, n in left_out.most_common()]
     if kinds[10:]:
         kinds[10:] = [f"{sum(n for _, n in left_out.most_common()[10:])} others"]
@@ -168,10 +169,10 @@ def _told(left_out: Counter[str]) -> str:
 
 
 def tinyshakespeare_documents() -> Iterator[Document]:
-    """The speeches of tiny Shakespeare, fetched from the network, cut at blank lines as llm.c does it.
+    """The speeches of tiny Shakespeare, downloaded, split at blank lines as in llm.c.
 
     Raises:
-        BadInput: it cannot be fetched.
+        BadInput: the download failed.
     """
     try:
         with urllib.request.urlopen(TINYSHAKESPEARE, timeout=30) as answer:
@@ -190,8 +191,8 @@ def fineweb_documents(sample: str, skip: int = 0) -> Iterator[Document]:
     """Web pages of FineWeb (Penedo et al. 2024, https://arxiv.org/abs/2406.17557), streamed from the network.
 
     Args:
-        sample: "10B" or "100B", how many tokens it holds.
-        skip: pages at the start that are left out.
+        sample: "10B" or "100B", its number of tokens.
+        skip: number of pages to skip at the start.
 
     Raises:
         BadInput: the library is not installed, or the hub cannot be reached.
@@ -204,7 +205,7 @@ def fineweb_documents(sample: str, skip: int = 0) -> Iterator[Document]:
         pages = datasets.load_dataset("HuggingFaceFW/fineweb", name=f"sample-{sample}T", split="train", streaming=True)
         for number, page in enumerate(pages.skip(skip) if skip else pages, start=skip + 1):
             yield Document(f"page {number} of FineWeb", page["text"])
-    except Exception as error:  # whatever the HTTP client of the day raises, at the start or on the way
+    except Exception as error:  # depends on the HTTP client
         raise BadInput(
             f"fineweb cannot be fetched from Hugging Face's hub ({str(error) or type(error).__name__}); check the "
             "network, or prepare text of your own with: python -m data.prepare text PATH"
@@ -222,18 +223,18 @@ def prepare(
 
     Args:
         documents: texts; each becomes end-of-text and its tokens.
-        output_dir: a folder that is not there yet, or is empty. The shards appear in it once all are complete.
-        val_tokens: how many tokens, from the start of the stream, go to validation; None for a tenth of the corpus,
-            at most 32,768.
-        shard_tokens: tokens a shard; the last one of each kind holds the rest.
-        workers: processes that tokenise; 1 does it here.
+        output_dir: a new or empty folder. The shards appear in it once all are complete.
+        val_tokens: number of tokens, from the start of the stream, for validation; None for a tenth of the corpus, at
+            most 32,768.
+        shard_tokens: tokens per shard; the last one of each kind has the rest.
+        workers: number of processes that tokenise; 1 for this one.
 
     Returns:
         Number of tokens of each kind: {"val": ..., "train": ...}.
 
     Raises:
-        BadInput: the folder holds something, cannot be written, a document cannot be tokenised, or the corpus leaves
-            nothing to train on.
+        BadInput: the folder is not empty or cannot be written, a document cannot be tokenised, or nothing is left to
+            train on.
     """
     with atomic_folder(output_dir) as folder, contextlib.closing(_tokenise(documents, workers)) as tokenised:
         stream = _TokenStream(tokenised)
@@ -252,16 +253,16 @@ def prepare_resumably(
     shard_tokens: int = SHARD_TOKENS,
     workers: int = 1,
 ) -> dict[str, int]:
-    """As `prepare`, but finished shards outlast a failure, and the same call resumes behind them.
+    """Like `prepare`, but finished shards are kept after a failure, and the same call resumes after them.
 
     Until all shards are complete they are in a hidden folder inside `output_dir`.
 
     Args:
-        corpus: its name; a call with another one does not resume.
-        documents_behind: gives the documents behind so many at the start, the same at every call.
+        corpus: its name; only a call with the same one resumes.
+        documents_behind: returns the documents after the first n, the same at every call.
 
     Raises:
-        BadInput: as `prepare`; or the unfinished work there is of other settings, damaged, or of another corpus.
+        BadInput: as in `prepare`; or unfinished shards are of other settings or another corpus, or damaged.
     """
     settings = {"corpus": corpus, "val_tokens": val_tokens, "shard_tokens": shard_tokens}
     with atomic_folder(output_dir, state=STATE) as folder:
@@ -287,21 +288,21 @@ def prepare_resumably(
 
 
 class _Progress(NamedTuple):
-    """What an interrupted preparation needs to go on: state.json."""
+    """Content of state.json, from which an interrupted preparation resumes."""
 
     settings: dict[str, Any]
-    """what it must have in common with the call that resumes it"""
+    """must be the same when it resumes"""
     documents: int
-    """documents at the start whose tokens are all in finished shards"""
+    """number of documents whose tokens are all in finished shards"""
     tokens: int
-    """tokens of the documents behind those that are in finished shards too"""
+    """number of tokens of the next documents that are in finished shards too"""
     val: int
-    """tokens in finished shards of each kind"""
+    """number of tokens in finished shards, of each kind"""
     train: int
 
     @classmethod
     def read(cls, folder: Path, settings: dict[str, Any]) -> "_Progress":
-        """What the folder says, held against its shards; shards that it does not speak of are removed."""
+        """Read a folder's state and check it against its shards. Removes shards that are not in the state."""
         path = folder / STATE
         if not path.exists():
             found = cls(settings, 0, 0, 0, 0)
@@ -340,7 +341,7 @@ class _Progress(NamedTuple):
 
 
 def _skip(stream: "_TokenStream", n_tokens: int, folder: Path, kind: str) -> None:
-    """Leave out the tokens that the last finished shard has already, and see that they are the same."""
+    """Skip the tokens that are in finished shards. Checks that the last shard ends with them."""
     skipped = stream.take(n_tokens)
     last = open_shard(find_shards(shard_pattern(folder, kind))[-1])
     n = min(len(last), n_tokens)
@@ -349,9 +350,9 @@ def _skip(stream: "_TokenStream", n_tokens: int, folder: Path, kind: str) -> Non
 
 
 def prepare_pydoc() -> Path:
-    """The folder of the embedded corpus, prepared if this is the first time. Several processes may ask at once."""
+    """The folder of the embedded corpus, prepared at the first call. Safe in several processes at once."""
     folder = SHARDS / f"pydoc-{sys.version_info.major}.{sys.version_info.minor}"
-    complete = _shard_path(folder, "train", 0)  # the last to appear
+    complete = _shard_path(folder, "train", 0)  # the last one to appear
     if not complete.exists():
         try:
             counts = prepare(pydoc_documents(), folder, PYDOC_VAL_TOKENS)
@@ -366,19 +367,19 @@ class _TokenStream:
     """Tokens of documents, taken in pieces of any size.
 
     Args:
-        tokenised: numbers of documents, each with the tokens of so many.
-        documents: how many documents are before them.
+        tokenised: pairs of a number of documents and their tokens.
+        documents: number of documents before them.
     """
 
     def __init__(self, tokenised: Iterator[tuple[int, np.ndarray]], documents: int = 0):
         self._tokenised = tokenised
         self._held: deque[tuple[int, np.ndarray]] = deque()
         self._n_held = 0
-        # The position: documents whose tokens were all taken, and tokens taken of those behind.
+        # The position: documents whose tokens were all taken, and tokens taken of the next ones.
         self.documents, self.tokens = documents, 0
 
     def hold(self, n_tokens: int) -> int:
-        """Read on until so many tokens are held or the stream ends; return how many are held."""
+        """Read until n_tokens are held or the stream ends. Returns how many are held."""
         while self._n_held < n_tokens:
             held = next(self._tokenised, None)
             if held is None:
@@ -388,7 +389,7 @@ class _TokenStream:
         return self._n_held
 
     def take(self, n_tokens: int) -> np.ndarray:
-        """The next n_tokens, or what is left of them."""
+        """The next n_tokens, or fewer at the end of the stream."""
         left = min(n_tokens, self.hold(n_tokens))
         pieces = [np.zeros(0, np.uint16)]
         while left:
@@ -415,7 +416,7 @@ def _write_shards(
     shard_tokens: int,
     finished_one: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the stream as shards of both kinds, behind those that are there; `counts` are their tokens, and grow."""
+    """Write the stream as shards of both kinds, after the existing ones. `counts` has their tokens, and is updated."""
     for kind in counts:
         while True:
             tokens = stream.take(min(shard_tokens, val_tokens - counts["val"]) if kind == "val" else shard_tokens)
@@ -432,9 +433,9 @@ def _write_shards(
 
 
 def _tokenise(documents: Iterable[Document], workers: int) -> Generator[tuple[int, np.ndarray], None, None]:
-    """Numbers of documents and their tokens, in order, with a progress bar on a terminal."""
+    """Pairs of a number of documents and their tokens, in order, with a progress bar on a terminal."""
     documents = iter(documents)
-    tasks = iter(lambda: list(itertools.islice(documents, DOCUMENTS_A_TASK)), [])
+    tasks = iter(lambda: list(itertools.islice(documents, DOCUMENTS_PER_TASK)), [])
     results = (_tokenise_task(task) for task in tasks) if workers == 1 else _in_workers(tasks, workers)
     with contextlib.closing(results), tqdm(unit=" tokens", unit_scale=True, disable=None, leave=False) as progress:
         for n_documents, tokens in results:
@@ -443,11 +444,11 @@ def _tokenise(documents: Iterable[Document], workers: int) -> Generator[tuple[in
 
 
 def _in_workers(tasks: Iterator[list[Document]], workers: int) -> Generator[tuple[int, np.ndarray], None, None]:
-    """The results of tasks in their order, from processes of which each has one task at a time.
+    """Results of tasks in their order, from processes that have one task at a time.
 
-    Each process is asked by one thread at a time through a pipe that no other process holds: either end sees at once
-    that the other one died, where a multiprocessing.Pool waits for ever. They are spawned, because a fork would copy
-    the locks of threads that the corpus runs.
+    One thread at a time talks to a process through a pipe of its own, so either end notices at once if the other dies,
+    where a multiprocessing.Pool waits for ever. The processes are spawned, because a fork would copy the locks of
+    threads in the corpus's library.
     """
     context = multiprocessing.get_context("spawn")
     processes: list[SpawnProcess] = []
@@ -473,9 +474,9 @@ def _in_workers(tasks: Iterator[list[Document]], workers: int) -> Generator[tupl
     pending: deque[Future[tuple[int, np.ndarray]]] = deque()
     try:
         while True:
-            # Not all at once, or the whole corpus would be read ahead of the workers.
-            for task in itertools.islice(tasks, TASKS_A_WORKER * workers - len(pending)):
-                if len(processes) < workers:  # a small corpus starts few
+            # Not all at once, or the whole corpus would be in memory.
+            for task in itertools.islice(tasks, TASKS_PER_WORKER * workers - len(pending)):
+                if len(processes) < workers:  # a small corpus needs few
                     ours, theirs = context.Pipe()
                     process = context.Process(target=_work, args=(theirs,), daemon=True)
                     process.start()
@@ -495,8 +496,8 @@ def _in_workers(tasks: Iterator[list[Document]], workers: int) -> Generator[tupl
 
 
 def _work(connection: Connection) -> None:
-    """Tokenise what comes through a pipe until its other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    """Tokenise the tasks from a pipe until its other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends this process
     with contextlib.suppress(EOFError, OSError):
         while True:
             try:
@@ -512,9 +513,9 @@ def _tokenise_task(task: list[Document]) -> tuple[int, np.ndarray]:
         for name, text in task:
             ids.append(END_OF_TEXT)
             try:
-                ids.extend(encoding.encode_ordinary(text))  # a text that spells <|endoftext|> stays text
+                ids.extend(encoding.encode_ordinary(text))  # <|endoftext|> in a text stays text
             except BaseException as error:
-                # A panic of tiktoken's Rust code is no Exception, and its class cannot be imported.
+                # A panic in tiktoken's Rust code is not an Exception, and its class cannot be imported.
                 if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                     raise
                 raise BadInput(
@@ -526,7 +527,7 @@ def _tokenise_task(task: list[Document]) -> tuple[int, np.ndarray]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Close standard error: a panic of Rust code prints lines of its own there, beside what is raised."""
+    """Silence standard error, where a panic in Rust code prints lines besides the exception."""
     try:
         saved = os.dup(2)
     except OSError:  # it is closed already
@@ -544,8 +545,8 @@ def _silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _opened(file: Path, follow: bool) -> Iterator[Any]:
-    """Open a file to read; one that was found in a folder may have become a link since, which is not followed."""
-    no_follow = 0 if follow else getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+    """Open a file for reading. Without follow, a file that has become a link since it was found is refused."""
+    no_follow = 0 if follow else getattr(os, "O_NOFOLLOW", 0)  # missing on Windows
     try:
         with open(file, "rb", opener=lambda path, flags: os.open(path, flags | no_follow)) as opened:
             yield opened
@@ -561,7 +562,7 @@ def _decode(content: bytes, source: Path | str) -> str:
 
 
 def _refuse_json(text: str, source: Path | str) -> None:
-    """Refuse records of JSON where text is expected: a model would learn their braces."""
+    """Refuse JSON where text is expected: a model would learn the braces."""
     if text.lstrip()[:1] not in ("{", "["):
         return
     for part in (text.lstrip().partition("\n")[0], text):
@@ -581,7 +582,7 @@ def _json_lines(lines: Iterable[bytes], file: Path, field: str) -> Iterator[Docu
 
 
 def _json_records(opened: Any, file: Path, field: str) -> Iterator[Document]:
-    """The records of a .json file: an array of them, one alone, or one a line."""
+    """The records of a .json file: an array of them, a single one, or one per line."""
     content = opened.read().removeprefix(codecs.BOM_UTF8)
     try:
         records = json.loads(content)
@@ -612,7 +613,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _count(text: str) -> int:
-    """A whole number that a shard's header can hold, also as 1e8."""
+    """A whole number that fits into a shard's header. 1e8 is allowed too."""
     try:
         value = float(text)
     except ValueError:
@@ -623,7 +624,7 @@ def _count(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module."""
+    """The command line; see the module's docstring."""
     lenient_streams()
     common = _Parser(add_help=False)
     common.add_argument("--output_dir", type=Path, help="New folder for the shards (default: data/shards/CORPUS).")
@@ -667,12 +668,12 @@ def main(argv: list[str] | None = None) -> None:
             counts = prepare(documents, output_dir, args.val_tokens or val_tokens, args.shard_tokens, args.workers)
         tell(f"{output_dir}: {counts['train']:,} tokens to train on, {counts['val']:,} to validate with")
         if left_out:
-            tell(_told(left_out).strip(" ()"))
+            tell(_list_skipped(left_out).strip(" ()"))
         _print_flags(output_dir)
 
 
 def _print_flags(output_dir: Path) -> None:
-    """Print the command that trains on the shards of a folder, in words that a shell takes as they are."""
+    """Print the command that trains on the shards of a folder, quoted for a shell."""
     flags, smallest = [], []
     for flag, kind in (("--input_bin", "train"), ("--input_val_bin", "val")):
         pattern = shard_pattern(output_dir, kind)
@@ -687,9 +688,9 @@ def _print_flags(output_dir: Path) -> None:
         elif lengths:
             flags += [flag, pattern]
             smallest.append(min(lengths))
-    room = min(smallest) - 1  # a micro-batch of B·T reads one token more
+    room = min(smallest) - 1  # a micro-batch reads B·T + 1 tokens
     if room < DEFAULT_TOKENS:
-        # Powers of two, so that they divide the tokens of an update that train.py chooses.
+        # Powers of two, so that they divide train.py's default tokens per update.
         length = min(DEFAULT_LENGTH, 1 << room.bit_length() - 1)
         batch = min(DEFAULT_BATCH, 1 << (room // length).bit_length() - 1)
         flags += ["--batch_size", str(batch), "--sequence_length", str(length)]

@@ -1,4 +1,4 @@
-"""Shards of tokens on disk, as llm.c has them: 256 little-endian int32, then uint16 tokens.
+"""Shards of tokens on disk, in llm.c's format: 256 little-endian int32, then uint16 tokens.
 
 Header: [0] = 20240520, [1] = 1, [2] = number of tokens, the rest zero.
 """
@@ -18,10 +18,10 @@ MAKE_ANEW = "make it anew with python -m data.prepare"
 
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
-    """Write one shard, whole or not at all.
+    """Write one shard. The file appears once it is complete.
 
     Args:
-        path: where; nothing may be there yet.
+        path: a new file.
         tokens: (n,) uint16.
 
     Raises:
@@ -37,13 +37,13 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
 
 
 def open_shard(path: str | Path) -> np.ndarray:
-    """Map the tokens of a shard into memory, without reading them.
+    """Map the tokens of a shard into memory without reading them.
 
     Returns:
         (n,) uint16, read-only.
 
     Raises:
-        BadInput: it is not there, or not a whole shard.
+        BadInput: it does not exist, or is not an intact shard.
     """
     try:
         with open_regular(path, follow=True) as file:
@@ -65,19 +65,19 @@ def open_shard(path: str | Path) -> np.ndarray:
 
 
 def shard_pattern(folder: str | Path, kind: str) -> str:
-    """The glob of a folder's shards of one kind, "train" or "val", whatever characters the folder's path has."""
+    """A glob for a folder's shards of one kind, "train" or "val", with special characters in the path escaped."""
     pattern = os.path.join(glob.escape(str(folder)), f"{kind}_*.bin")
-    return os.path.join(".", pattern) if pattern.startswith("-") else pattern  # a command line would take it for a flag
+    return os.path.join(".", pattern) if pattern.startswith("-") else pattern  # or it would look like a flag
 
 
 def find_shards(pattern: str) -> list[str]:
     """The sorted files that match a glob.
 
     Raises:
-        BadInput: none does.
+        BadInput: no file matches.
     """
     files = glob.glob(pattern)
-    if not files:  # a folder's name may have brackets that are meant as they stand
+    if not files:  # brackets in the folder's name may be literal
         folder, name = os.path.split(pattern)
         files = glob.glob(os.path.join(glob.escape(folder), name))
     if not files:

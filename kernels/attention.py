@@ -1,24 +1,24 @@
-"""Causal self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762) by tiles that never leave the chip, as
-FlashAttention-2 computes it (Dao 2023, https://arxiv.org/abs/2307.08691), forward and backward.
+"""Causal self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), forward and backward, in tiles that
+never leave the chip, as in FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
 
-    s = q·kᵀ/√D over the keys that are not after the query,   p = softmax(s),   o = p·v,   lse = log Σ exp(s)
+    s = q·kᵀ/√D over the keys up to the query's position,   p = softmax(s),   o = p·v,   lse = log Σ exp(s)
     dv = pᵀ·do,   ds = p∘(do·vᵀ − delta),   dq = ds·k/√D,   dk = dsᵀ·q/√D,   delta = rowsum(o∘do)
 
 q, k, v, o: (B, H, T, D), fp32, fp16 or bf16, D from 1 to 128. All are read and written through strides: the packed
 form (B, T, 3C) is three such views of one tensor, its gradient three of another, and nothing is transposed or copied.
-Saved for backward: the inputs, o, and lse, (B, H, T) in fp32, or in fp64 where the inputs are fp32: exp(s − lse) makes
-an error of p of every digit that lse lacks, and eager, which keeps p, has none. s, p, dp, ds and all sums are fp32; p
-and ds are rounded to the inputs' dtype for the product that follows, and go there in registers.
+Saved for backward: the inputs, o, and lse, (B, H, T) in fp32, or in fp64 if the inputs are fp32: backward recomputes p
+as exp(s − lse), so the rounding error of lse becomes one of p, which eager, saving p, does not have. s, p, dp, ds and
+all sums are fp32. p and ds are rounded to the inputs' dtype for the next product, and stay in registers.
 
 Forward: a program takes BLOCK_M queries over all their keys, with an online softmax in base 2. Backward: one kernel
-takes BLOCK_M queries over their keys for dq, and makes delta on the way, since it holds do; the next one takes BLOCK_N
-keys over their queries for dk and dv. No program adds to what another one writes, so that every run gives the same
-bits; the price is that both compute s and dp, 7 products instead of 5. Each takes the tiles on the diagonal first, with
-a mask, and then those with no key after a query, without.
+takes BLOCK_M queries over their keys for dq, and also computes delta, since it has do; a second one takes BLOCK_N keys
+over their queries for dk and dv. No program adds to the result of another one, so results are bitwise identical from
+run to run. The price is that both kernels compute s and dp: 7 products instead of 5. Tiles on the diagonal have a mask;
+tiles in which all keys come before all queries have none.
 
 Forward moves 4·B·H·T·D elements and lse, backward 8·B·H·T·D and lse (delta, written once and read once, is not
-compulsory). FLOPs as the field counts them, the causal half of 2 and of 5 products of T×T by D: 2·B·H·T²·D forward, 2.5
-times that backward; what is executed there is 3.5 times.
+compulsory). FLOPs as usually counted, the causal half of 2 and of 5 products of T×T by D: 2·B·H·T²·D forward and 2.5
+times as many backward, where 3.5 times as many are executed.
 """
 
 from collections.abc import Sequence
@@ -38,14 +38,14 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _pointers(ptr, b, h, offs_row, offs_d, stride_b, stride_h, stride_row, stride_d):
-    """(rows, BLOCK_D) pointers into head h of sequence b, which are int64: no stride is too large."""
+    """(rows, BLOCK_D) pointers into head h of sequence b. b and h are int64, as all offsets have to be."""
     rows = ptr + b * stride_b + h * stride_h + offs_row.to(tl.int64)[:, None] * stride_row
     return rows + offs_d.to(tl.int64)[None, :] * stride_d
 
 
 @triton.jit
 def _load(ptrs, offs_row, T, offs_d, EVEN_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile that is zero beyond T and HEAD_DIM; masked only where it may reach there."""
+    """A tile, zero beyond T and HEAD_DIM. Masked only if it may reach there."""
     if EVEN_ROWS and HEAD_DIM == BLOCK_D:
         tile = tl.load(ptrs)
     elif EVEN_ROWS:
@@ -59,9 +59,9 @@ def _load(ptrs, offs_row, T, offs_d, EVEN_ROWS: tl.constexpr, HEAD_DIM: tl.const
 
 @triton.jit
 def _operand(x, INPUT_PRECISION: tl.constexpr):
-    """x as a product takes it. For TF32 the tensor cores drop the last 13 bits of fp32, which biases every product
-    towards zero, so round first: to nearest, ties away from zero, as cuBLAS does. ptxas makes the same three
-    instructions of this as of cvt.rna.tf32, which the interpreter lacks; infinity and NaN stay what they are."""
+    """x as an operand of a product. For TF32, tensor cores drop the last 13 bits of fp32, which biases every product
+    towards zero. So round first, to nearest, ties away from zero, as cuBLAS does. ptxas compiles this to the same three
+    instructions as cvt.rna.tf32, which the interpreter lacks. Infinity and NaN are unchanged."""
     if INPUT_PRECISION == "tf32" and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(tl.abs(x) < float("inf"), tl.add(bits, 0x1000, sanitize_overflow=False), bits)
@@ -79,13 +79,13 @@ def _dot(a, b, acc, INPUT_PRECISION: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
 
 @triton.jit
 def _load_row(ptrs, offs_row, T, EVEN_ROWS: tl.constexpr):
-    """One number a row, zero beyond T."""
+    """One number per row, zero beyond T."""
     return tl.load(ptrs) if EVEN_ROWS else tl.load(ptrs, mask=offs_row < T, other=0.0)
 
 
 @triton.jit
 def _probabilities(s, lse):
-    """exp2(s − lse), of scaled scores. Where lse has more digits than s, they are subtracted last."""
+    """exp2(s − lse) of scaled scores. If lse has more digits than s, they are subtracted last."""
     rounded = lse.to(s.dtype)
     s = s - rounded
     if lse.dtype != s.dtype:
@@ -112,7 +112,7 @@ def _attention_fwd_kernel(
 ):  # fmt: skip
     qk_scale: tl.constexpr = HEAD_DIM**-0.5 * LOG2_E
     n_blocks = tl.cdiv(T, BLOCK_M)
-    pid_m = n_blocks - 1 - tl.program_id(0) % n_blocks  # a head's longest programs first
+    pid_m = n_blocks - 1 - tl.program_id(0) % n_blocks  # the longest programs of a head first
     pid_bh = tl.program_id(0) // n_blocks
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
     start_m = pid_m * BLOCK_M
@@ -137,7 +137,7 @@ def _attention_fwd_kernel(
             s = _dot(q, tl.trans(k), None, INPUT_PRECISION, COMPUTE_DTYPE)
             if not IS_FULL:
                 s = tl.where(offs_m[:, None] >= start_n + offs_n[None, :], s, float("-inf"))
-            # The first tile has a key for every query, so that m_new is never −inf, and nothing below −inf − −inf.
+            # The first tile has a key for every query, so m_new is never −inf, and no difference below is −inf − −inf.
             m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
             p = tl.exp2(s * qk_scale - m_new[:, None])
             alpha = tl.exp2(m_i - m_new)
@@ -168,7 +168,7 @@ def _attention_bwd_dq_kernel(
 ):  # fmt: skip
     qk_scale: tl.constexpr = HEAD_DIM**-0.5 * LOG2_E
     n_blocks = tl.cdiv(T, BLOCK_M)
-    pid_m = n_blocks - 1 - tl.program_id(0) % n_blocks  # a head's longest programs first
+    pid_m = n_blocks - 1 - tl.program_id(0) % n_blocks  # the longest programs of a head first
     pid_bh = tl.program_id(0) // n_blocks
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
     start_m = pid_m * BLOCK_M
@@ -189,7 +189,7 @@ def _attention_bwd_dq_kernel(
     v_ptrs = _pointers(v_ptr, b, h, offs_n, offs_d, stride_vb, stride_vh, stride_vn, stride_vd)
     q = _load(q_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
     lse = _load_row(lse_ptr + rows, offs_m, T, EVEN_T) * LOG2_E
-    last_key = tl.where(offs_m > 0, offs_m, -1)  # the first query has one key: p is 1, and ds 0 but for rounding
+    last_key = tl.where(offs_m > 0, offs_m, -1)  # with its one key, the first query has ds 0 but for rounding
     dq = tl.zeros([BLOCK_M, BLOCK_D], COMPUTE_DTYPE)
     diagonal = start_m // BLOCK_N * BLOCK_N
     for IS_FULL in tl.static_range(2):
@@ -226,7 +226,7 @@ def _attention_bwd_dkdv_kernel(
 ):  # fmt: skip
     qk_scale: tl.constexpr = HEAD_DIM**-0.5 * LOG2_E
     n_blocks = tl.cdiv(T, BLOCK_N)
-    pid_n = tl.program_id(0) % n_blocks  # a head's longest programs first: its first keys have the most queries
+    pid_n = tl.program_id(0) % n_blocks  # the longest programs of a head first: its first keys have the most queries
     pid_bh = tl.program_id(0) // n_blocks
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
     start_n = pid_n * BLOCK_N
@@ -253,7 +253,7 @@ def _attention_bwd_dkdv_kernel(
             step = tl.cast(start_m, tl.int64)
             rows = start_m + offs_m
             # Everything is transposed, so that p and ds are left operands, which may stay in registers. Beyond T, q and
-            # do are zero and p finite: nothing is added. lse and delta are loaded late: they would hold registers.
+            # do are zero and p is finite, so nothing is added. lse and delta are loaded late to save registers.
             q = _load(q_ptrs + step * stride_qm, rows, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
             s_t = _dot(k, tl.trans(q), None, INPUT_PRECISION, COMPUTE_DTYPE)
             lse = _load_row(lse_ptrs + start_m, rows, T, EVEN_T) * LOG2_E
@@ -276,7 +276,7 @@ def _attention_bwd_dkdv_kernel(
 
 
 Heads = tuple[torch.Tensor, tuple[int, ...]]
-"""(B, H, T, D) as a kernel takes it: a tensor that starts with the first element, and four strides. No view is made."""
+"""(B, H, T, D) for a kernel: a tensor that starts with the first element, and four strides. It costs no view."""
 
 
 def _launch(
@@ -291,16 +291,16 @@ def _launch(
 
     Args:
         kernel: one of the three above.
-        op: its name in launch.ROWS.
-        owns: "block_m" or "block_n", the block that a program has for itself.
+        op: its name in launch.CONFIGS.
+        owns: "block_m" or "block_n": the block for which a program computes the whole result.
         shape: (B, H, T, D).
-        heads: q first, in the kernel's order.
-        rows: lse and, backward, delta: (B, H, T), contiguous.
+        heads: in the kernel's order, q first.
+        rows: lse and, in backward, delta: (B, H, T), contiguous.
     """
     if 0 in shape:
         return
     tensors = [x for x, _ in heads]
-    if type(tensors[0]) not in PLAIN:  # fake, and looked at: as (B, H, T, D)
+    if type(tensors[0]) not in PLAIN:  # who counts launches on fake tensors sees the shape (B, H, T, D)
         tensors = [x.as_strided(shape, strides) for x, strides in heads]
     numbers = (*(stride for _, strides in heads for stride in strides), shape[1], shape[2])
     precision = launch.fp32_dot_precision() if tensors[0].dtype == torch.float32 else "ieee"
@@ -353,8 +353,7 @@ def _backward(
     dv: Heads,
 ) -> None:
     """Write dq, dk and dv."""
-    wide = torch.float64 if q[0].dtype == torch.float64 else torch.float32
-    delta = torch.empty_like(lse, dtype=wide)
+    delta = torch.empty_like(lse, dtype=launch.wide_dtype(q[0].dtype))
     _launch(_attention_bwd_dq_kernel, "attention_dq", "block_m", shape, (q, k, v, o, do, dq), (lse, delta))
     _launch(_attention_bwd_dkdv_kernel, "attention_dkdv", "block_n", shape, (q, k, v, do, dk, dv), (lse, delta))
 
@@ -377,7 +376,7 @@ def _packed_shape(qkv: torch.Tensor, n_head: int) -> tuple[int, int, int, int]:
 
 
 def _strides(x: torch.Tensor, head_dim: int) -> tuple[int, int, int, int]:
-    """Of (B, T, heads side by side)."""
+    """Strides of (B, T, C) as (B, H, T, D)."""
     stride_b, stride_t, stride_c = x.stride()
     return stride_b, head_dim * stride_c, stride_t, stride_c
 
@@ -402,16 +401,10 @@ def _packed_outputs(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch
 
 
 def packed_forward(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o (B, T, C), lse) of (B, T, 3C)"""
+    """(B, T, 3C) -> (o (B, T, C), lse)"""
     B, H, T, D = shape = _packed_shape(qkv, n_head)
     o = qkv.new_empty((B, T, H * D))
     return o, _forward(shape, *_split_heads(qkv, D), (o, _strides(o, D)))
-
-
-def _packed_gradient(
-    do: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, n_head: int
-) -> torch.Tensor:
-    return _empty_like(qkv)
 
 
 def packed_backward(
@@ -433,12 +426,6 @@ def _separate_outputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tupl
 def _separate_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     o = _empty_like(q)
     return o, _forward(q.shape, _heads(q), _heads(k), _heads(v), _heads(o))
-
-
-def _separate_gradients(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_like(q), _empty_like(k), _empty_like(v)
 
 
 def _separate_backward(
@@ -468,9 +455,11 @@ def _differentiate_qkv(ctx, do, *_):
     return _attention_qkv_backward(do, *ctx.saved_tensors)
 
 
-_attention_backward = register("attention_backward", packed_backward, _packed_gradient)
+_attention_backward = register("attention_backward", packed_backward, lambda do, qkv, *others: _empty_like(qkv))
 _attention = register("attention", packed_forward, _packed_outputs, _save, _differentiate, visible=1)
-_attention_qkv_backward = register("attention_qkv_backward", _separate_backward, _separate_gradients)
+_attention_qkv_backward = register(
+    "attention_qkv_backward", _separate_backward, lambda do, q, k, v, *others: tuple(map(_empty_like, (q, k, v)))
+)
 _attention_qkv = register(
     "attention_qkv", _separate_forward, _separate_outputs, _save_qkv, _differentiate_qkv, visible=1
 )
@@ -478,21 +467,21 @@ _attention_qkv = register(
 
 def attention(qkv: torch.Tensor, n_head: int) -> torch.Tensor:
     """Causal self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762) of packed projections:
-    softmax(q·kᵀ/√D, over the positions not after the query's)·v, by FlashAttention-2 (Dao 2023,
+    softmax(q·kᵀ/√D over positions up to the query's)·v, by FlashAttention-2 (Dao 2023,
     https://arxiv.org/abs/2307.08691).
 
     Args:
         qkv: (B, T, 3C), query, key and value side by side in that order; each is n_head heads of D = C/n_head. Any
-            strides; T is any, D from 1 to 128; fp32, fp16 or bf16 (fp64 for gradcheck). Under autocast it is cast to
-            its dtype, as for torch's scaled_dot_product_attention.
+            strides, any T, D from 1 to 128; fp32, fp16 or bf16 (fp64 for gradcheck). Autocast casts it, as for torch's
+            scaled_dot_product_attention.
         n_head: number of heads, a divisor of C.
 
     Returns:
-        (B, T, C), heads side by side; contiguous, in the input's dtype. Softmax and all sums are fp32 (fp64 in fp64).
-        Products of fp32 inputs are IEEE, or TF32 where torch's own CUDA matmuls are, of operands rounded to nearest.
+        (B, T, C), heads side by side; contiguous, in the input's dtype. Softmax and all sums are fp32 (fp64 for fp64).
+        Products of fp32 inputs are IEEE, or TF32 (operands rounded to nearest) if torch's own CUDA matmuls use it.
 
     Raises:
-        ValueError: D is above 128, n_head does not divide C, or no kernel takes the dtype.
+        ValueError: D is above 128, n_head does not divide C, or qkv has another dtype.
     """
     check("attention", {"qkv": qkv})
     qkv = _autocast(qkv)
@@ -506,13 +495,13 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     """`attention` of separate tensors.
 
     Args:
-        q, k, v: (B, H, T, D) each, alike in shape and dtype; otherwise as `qkv` of `attention`.
+        q, k, v: (B, H, T, D) each, of one shape and dtype; otherwise like `qkv` of `attention`.
 
     Returns:
         (B, H, T, D), contiguous, in the inputs' dtype.
 
     Raises:
-        ValueError: D is above 128, q, k and v differ in shape, dtype or device, or no kernel takes the dtype.
+        ValueError: D is above 128, q, k and v differ in shape, dtype or device, or have another dtype.
     """
     check("attention", {"q": q, "k": k, "v": v})
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
@@ -533,11 +522,11 @@ def _check(head_dim: int) -> None:
 
 
 def forward_cost(B: int, H: int, T: int, D: int, itemsize: int) -> Cost:
-    """q, k and v are read, o and lse written; half of two products of T×T by D."""
+    """Reads q, k and v, writes o and lse; half of two products of T×T by D."""
     return Cost(B * H * T * (4 * D * itemsize + _lse_dtype(itemsize).itemsize), 2 * B * H * T * T * D)
 
 
 def backward_cost(B: int, H: int, T: int, D: int, itemsize: int) -> Cost:
-    """q, k, v, o, do and lse are read, dq, dk and dv written; half of five products, as the field counts: seven are
+    """Reads q, k, v, o, do and lse, writes dq, dk and dv; half of five products, as usually counted. Seven are
     executed, since dq has a pass of its own."""
     return Cost(B * H * T * (8 * D * itemsize + _lse_dtype(itemsize).itemsize), 5 * B * H * T * T * D)

@@ -1,15 +1,15 @@
-"""A block of GPT-2 as one node of autograd, for eager mode: the kernels, and the matmuls between them, in one function.
+"""A block of GPT-2 as one autograd node, for eager mode: the kernels, and the matmuls between them, in one function.
 
     r₁ = residual + branch,   branch₁ = attention(LayerNorm₁(r₁)·W_attnᵀ + b_attn)·W_projᵀ + b_proj
     r₂ = r₁ + branch₁,        branch₂ = GELU(LayerNorm₂(r₂)·W_fcᵀ + b_fc)·W_outᵀ + b_out
 
-It computes what the ops do when they are called one by one, at two thirds of the host time: on small batches a GPU
-would wait for Python. Results and gradients are bitwise the same; only where the first residual has 16 bits is its
-gradient rounded once, and not twice. It is no op of its own: whatever has to see the ops (torch.compile, dispatch
-modes, torch.func, hooks on modules) gets them one by one.
+It computes the same as the ops called one by one, in two thirds of the host time: on small batches a GPU would wait
+for Python. Results and gradients are bitwise identical, with one exception: the gradient of a first residual in 16 bits
+is rounded once instead of twice. It is not an op: whatever has to see the ops (torch.compile, dispatch modes,
+torch.func, hooks on modules) gets them one by one.
 
-Saved for backward, per token and layer: 16·C elements, r₁ and r₂ included; without GELU's output 12·C, without those
-of the LayerNorms too 10·C (recomputation: Chen et al. 2016, https://arxiv.org/abs/1604.06174; llm.c's -r).
+Saved for backward, per token and layer: 16·C elements, including r₁ and r₂; 12·C without GELU's output, and 10·C also
+without those of the LayerNorms (recomputation: Chen et al. 2016, https://arxiv.org/abs/1604.06174; llm.c's -r).
 """
 
 import torch
@@ -30,15 +30,15 @@ def block(
 
     Args:
         residual: (B, T, C), fp32, fp16 or bf16.
-        branch: (B, T, C), what is still to be added to it; None for nothing.
+        branch: (B, T, C), to be added to residual; None for nothing.
         params: weight and bias, in this order, of ln_1 (C,), c_attn (3C, C), attn.c_proj (C, C), ln_2 (C,), c_fc
-            (4C, C) and mlp.c_proj (C, 4C). Under autocast matrices and their biases are cast to its dtype.
+            (4C, C) and mlp.c_proj (C, 4C). Autocast casts matrices and their biases.
         n_head: number of heads.
-        recompute: what backward recomputes: 1 GELU, 2 LayerNorms too.
+        recompute: 1 recomputes GELU in backward, 2 also LayerNorms.
 
     Returns:
-        (r₂, branch₂), both (B, T, C); their sum is the result of the block. None where the ops have to be called one by
-        one, or where they refuse the input, and say by name why.
+        (r₂, branch₂), both (B, T, C); their sum is the result of the block. None if the ops have to be called one by
+        one, also for arguments that they refuse: their error messages are better.
     """
     tensors = (residual, *params) if branch is None else (residual, branch, *params)
     if not (torch.is_grad_enabled() and unseen(tensors)):
@@ -55,7 +55,7 @@ def block(
     )
     if not norms_fit or C % n_head or C // n_head > attention.MAX_HEAD_DIM:
         return None
-    torch.set_autocast_enabled(device.type, False)  # every cast is made here
+    torch.set_autocast_enabled(device.type, False)  # _forward makes every cast
     try:
         return _apply(residual, branch, dtype, n_head, recompute, *params)
     finally:
@@ -144,7 +144,7 @@ def _backward(ctx, dr2, dbranch2):
 def _linear_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needed: tuple[bool, ...]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """dx, and dweight and dbias where `needed` starts with True for them, to the bit as autograd computes them."""
+    """(dx, dweight, dbias), bitwise identical to autograd's; None if the first or second of `needed` is False."""
     return dy.mm(weight), dy.t().mm(x) if needed[0] else None, dy.sum(0) if needed[1] else None
 
 

@@ -1,26 +1,26 @@
-"""Cross-entropy of logits, and of the tied head without the logits, forward and backward.
+"""Cross-entropy of logits, and of the tied head without all logits in memory, forward and backward.
 
-    m = maxᵥ xᵥ,  rest = Σ exp(xᵥ − m) over v ≠ target,  l = rest + exp(x[target] − m)     of a row x of logits
+    m = maxᵥ xᵥ,  rest = Σ exp(xᵥ − m) over v ≠ target,  l = rest + exp(x[target] − m)     for a row x of logits
     p = exp(x − m)/l,  p[target] − 1 = −rest/l
-    loss = mean of log l + m − x[target] over the n_counted rows whose target counts
-    dx = (p − onehot(target))·dloss/n_counted, zero where the target does not count
+    loss = mean of log l + m − x[target] over the n_counted rows whose target is not ignored
+    dx = (p − onehot(target))·dloss/n_counted, zero if the target is ignored
 
-One online pass gives m and rest (Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867). The sum is without the
-target, so that neither p − 1 nor the logarithm of an l near 1 cancels. All is fp32 (fp64 in fp64), the loss too. Saved
-for backward: the logits, and m, 1/l and −rest/l of each row. Not lse = m + log l: at |m| = 100 rounding it would cost
-4e-6 of every probability, and x − m costs nothing. n rows of V logits are read once forward, read once and written once
-backward: 3·n·V·itemsize bytes, at about 5 FLOPs a logit each way.
+One online pass computes m and rest (Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867). The sum leaves out
+the target, so that nothing cancels in p − 1, nor in the logarithm of an l near 1. All is fp32 (fp64 for fp64), also the
+loss. Saved for backward: the logits, and m, 1/l and −rest/l per row. Not lse = m + log l: at |m| = 100, its rounding
+error would be 4e-6 of every probability. n rows of V logits are read once forward, and read once and written once
+backward: 3·n·V·itemsize bytes, with about 5 FLOPs per logit each way.
 
-The tied head takes the rows in chunks and makes the gradients in the same pass (Hsu et al. 2024,
+The tied head takes the rows in chunks, and computes the gradients in the same pass (Hsu et al. 2024,
 https://arxiv.org/abs/2410.10989). For each chunk, in one buffer:
 
-    logits = hidden·weightᵀ     a matmul of torch's
+    logits = hidden·weightᵀ     torch's matmul
     logits ← (p − onehot)·2¹⁵   one kernel; a program reads its row twice, the second time from L2, and writes it once
     dhidden = logits·weight,  dweight += logitsᵀ·hidden
 
-What they have to be multiplied by, dloss/(n_counted·2¹⁵), is known in backward; until then both wait in fp32. That
-is all that is saved. 6·n·V·C FLOPs, or 2·n·V·C where nobody differentiates. A chunk of logits is written twice
-and read four times, once of these from L2, and each chunk reads and writes the 4·V·C bytes of dweight.
+The missing factor, dloss/(n_counted·2¹⁵), is known in backward; until then both gradients are saved in fp32, and
+nothing else is. 6·n·V·C FLOPs, or 2·n·V·C without gradients. A chunk of logits is written twice and read four times,
+one of these from L2, and each chunk reads and writes the 4·V·C bytes of dweight.
 """
 
 import torch
@@ -35,21 +35,22 @@ from kernels.dispatch import PLAIN, autocast_dtype, check, register, transformed
 IGNORE_INDEX = -1
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""below every logit in fp32; unlike −∞ it may be subtracted from −∞"""
+"""the lowest number in fp32; unlike −∞ it may be subtracted from −∞"""
 GRADIENT_SCALE = 2.0**15
-"""The largest power of two by which |p − onehot| ≤ 1 stays finite in fp16, which then keeps p from 2⁻³⁹ on. Eager keeps
-p·S/n_counted from 2⁻²⁴ on: less, at the factor S = 2¹⁶ that a GradScaler begins with. Powers of two round nothing."""
+"""The largest power of two by which |p − onehot| ≤ 1 stays finite in fp16, where p then survives from 2⁻³⁹ on. That is
+more than in eager, where p·S/n_counted survives from 2⁻²⁴ on, with S = 2¹⁶ at the start of a GradScaler. A power of two
+adds no rounding error."""
 
 CHUNK_BUDGET = 512 * 2**20
-"""Bytes of a chunk of logits, at most. That is 5,248 rows of GPT-2's vocabulary in 16 bits: at C = 768 dhidden is then
-123 tiles of 128 × 256, one for nearly each of an H100's 132 multiprocessors."""
+"""Most bytes of a chunk of logits. 5,248 rows of GPT-2's vocabulary in 16 bits fit; at C = 768 dhidden then has 123
+tiles of 128 × 256, nearly one for each of an H100's 132 multiprocessors."""
 PEAK_FRACTION = 8
-"""The head takes at most this fraction of the bytes that all logits would, beside the gradients."""
+"""Beside the gradients, the head takes at most 1/PEAK_FRACTION of the memory of all logits."""
 CHUNK_BLOCK = 128
-"""Rows that a matmul's tile takes: a chunk is a multiple of it."""
+"""rows of a matmul's tile; chunks are multiples of it"""
 ALIGNMENT = 64
-"""A row of the chunk's buffer starts at a multiple of it, in elements: kernel and matmuls want 16 bytes, which rows of
-50257 would not give. What lies between the rows is never read or written."""
+"""Rows of the chunk's buffer start at multiples of it, in elements: kernel and matmuls need 16 bytes, and rows of 50257
+would not be aligned. The padding is never read or written."""
 
 
 @triton.jit
@@ -60,14 +61,14 @@ def _online_softmax(x, m_i, l_i):
 
 @triton.jit
 def _log1p(x):
-    """To the last bits of x, without libdevice (Kahan; Goldberg 1991, theorem 4)."""
+    """log(1 + x), accurate for small x too, without libdevice (Kahan; Goldberg 1991, theorem 4)."""
     y = 1.0 + x
     return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
 
 @triton.jit
 def _load_target(targets_ptr, row, n_cols, ignore_index):
-    """The target, and whether it counts, without which it is 0; one that is out of range does not."""
+    """(target, whether it counts). Ignored targets and those out of range do not count, and become 0."""
     target = tl.load(targets_ptr + row).to(tl.int64)
     is_counted = (target != ignore_index) & (target >= 0) & (target < n_cols)
     return tl.where(is_counted, target, 0).to(tl.int32), is_counted
@@ -75,10 +76,10 @@ def _load_target(targets_ptr, row, n_cols, ignore_index):
 
 @triton.jit
 def _row_statistics(row_ptr, n_cols, target, is_counted, COMPUTE_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """m, 1/l, p[target] − 1 and the loss. Whole blocks go without a mask, which at an odd n_cols would forbid 128-bit
-    loads; the rest goes in blocks so small that their scalar loads, mostly masked, take few registers."""
-    # Here and not at the end: the latency is hidden, and the reductions below wait for it, so that no other warp can
-    # write the gradient over it first.
+    """m, 1/l, p[target] − 1 and the loss. Whole blocks have no mask: for odd n_cols it would forbid 128-bit loads. The
+    rest goes in small blocks, whose scalar loads, mostly masked, take few registers."""
+    # Loaded first: that hides the latency, and the reductions below wait for it, so that no other warp can overwrite it
+    # with the gradient before.
     x_target = tl.load(row_ptr + target).to(COMPUTE_DTYPE)
     m_i = tl.full((), LOWEST, COMPUTE_DTYPE)
     rest = tl.full((), 0.0, COMPUTE_DTYPE)
@@ -207,7 +208,7 @@ def _linear_cross_entropy_kernel(
     COMPUTE_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The loss of a row and then, over its logits, their gradient."""
+    """Write the loss of a row, then the gradient over its logits."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
     target, is_counted = _load_target(targets_ptr, row, n_cols, ignore_index)
@@ -215,33 +216,15 @@ def _linear_cross_entropy_kernel(
     tl.store(losses_ptr + row, loss)
     if HAS_GRADIENT:
         _row_gradient(
-            row_ptr,
-            row_ptr,
-            n_cols,
-            target,
-            is_counted,
-            m,
-            inverse_l,
-            d_target,
-            scale,
-            COMPUTE_DTYPE,
-            BLOCK_N,
+            row_ptr, row_ptr, n_cols, target, is_counted, m, inverse_l, d_target, scale, COMPUTE_DTYPE, BLOCK_N
         )
 
 
 @triton.jit
 def _mean_kernel(
-    losses_ptr,
-    targets_ptr,
-    loss_ptr,
-    n_counted_ptr,
-    is_valid_ptr,
-    n_rows,
-    n_cols,
-    ignore_index,
-    BLOCK_N: tl.constexpr,
+    losses_ptr, targets_ptr, loss_ptr, n_counted_ptr, is_valid_ptr, n_rows, n_cols, ignore_index, BLOCK_N: tl.constexpr
 ):
-    """One program, so that the sum has one order. n_counted is written as 1 where it is 0: it is divided by."""
+    """One program, so that the order of the sum is fixed. n_counted is at least 1, because backward divides by it."""
     offs = tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), losses_ptr.dtype.element_ty)
     n_counted = tl.zeros((BLOCK_N,), tl.int32)
@@ -249,7 +232,7 @@ def _mean_kernel(
     for start in range(0, n_rows, BLOCK_N):
         mask = start + offs < n_rows
         total += tl.load(losses_ptr + start + offs, mask=mask, other=0.0)
-        # ignore_index may be a number that the targets' dtype cannot hold: −1 would be class 255 of uint8.
+        # In int64, since the targets' dtype may not hold ignore_index: −1 would be class 255 in uint8.
         target = tl.load(targets_ptr + start + offs, mask=mask, other=0).to(tl.int64)
         is_counted = mask & (target != ignore_index)
         n_counted += is_counted.to(tl.int32)
@@ -264,8 +247,7 @@ def _mean_kernel(
 def _launch(
     kernel: triton.JITFunction, tensors: tuple[torch.Tensor, ...], *numbers: int | float, **constexprs: bool
 ) -> None:
-    """Run a kernel with a program for each row of the first tensor, the logits (n_rows, V), whose columns have stride
-    1."""
+    """Run a kernel with one program per row of the first tensor, logits (n_rows, V) with contiguous rows."""
     logits = tensors[0]
     n_rows = len(logits)
     if n_rows > 0:
@@ -279,7 +261,7 @@ def _configure(logits: torch.Tensor, constexprs: dict[str, bool]) -> tuple[tuple
     config = launch.lookup("cross_entropy", logits.device, logits.element_size(), n_cols)
     constants = constexprs | {
         "COMPUTE_DTYPE": launch.compute_dtype(logits.dtype),
-        # one small block for a small vocabulary
+        # A vocabulary smaller than a block goes in one small block.
         "BLOCK_N": min(config.block_n, 8 * launch.next_power_of_2(n_cols)),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -290,18 +272,14 @@ def _configure(logits: torch.Tensor, constexprs: dict[str, bool]) -> tuple[tuple
 def _mean(
     losses: torch.Tensor, targets: torch.Tensor, n_cols: int, ignore_index: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean of what counts and how many that are (at least 1), having seen to it that every target is in range."""
+    """(mean loss, n_counted, at least 1). Checks that every target is in range."""
     loss, n_counted = (torch.empty((), dtype=losses.dtype, device=losses.device) for _ in range(2))
     is_valid = torch.empty((), dtype=torch.int32, device=losses.device)
     tensors = losses, targets, loss, n_counted, is_valid
     launched = launch.run(_mean_kernel, tensors, (len(losses), n_cols, ignore_index), lambda: _configure_mean(losses))
-    if not launched and type(is_valid) in PLAIN:  # a dry run wrote nothing; fake tensors count what follows
+    if not launched and type(is_valid) in PLAIN:  # a dry run; on fake tensors the check is counted
         return loss, n_counted
-    message = f"a target is out of bounds: it is neither in [0, {n_cols}) nor {ignore_index}"
-    if launch.capability(losses.device):
-        torch._assert_async(is_valid, message)  # seen at the next synchronisation, at no cost until then
-    elif not is_valid:
-        raise IndexError(message)
+    launch.require(is_valid, f"a target is out of bounds: it is neither in [0, {n_cols}) nor {ignore_index}")
     return loss, n_counted
 
 
@@ -315,15 +293,11 @@ def _configure_mean(losses: torch.Tensor) -> tuple[tuple[int, ...], dict]:
     return (1,), constants
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _forward(
     logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, inplace_backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, statistics, n_counted); `inplace_backward` decides which of the two ops below differentiates it."""
-    n_rows, wide = len(logits), _wide(logits.dtype)
+    """(loss, statistics, n_counted). `inplace_backward` selects one of the two ops for backward."""
+    n_rows, wide = len(logits), launch.wide_dtype(logits.dtype)
     losses, statistics = logits.new_empty(n_rows, dtype=wide), logits.new_empty((n_rows, 3), dtype=wide)
     _launch(_cross_entropy_fwd_kernel, (logits, targets, losses, statistics), logits.shape[1], ignore_index)
     loss, n_counted = _mean(losses, targets, logits.shape[1], ignore_index)
@@ -331,7 +305,8 @@ def _forward(
 
 
 def _empty_like_rows(logits: torch.Tensor) -> torch.Tensor:
-    """Padded if the rows of logits are, but to no more than Vp, a multiple of 128: they may be slices of wider ones."""
+    """An empty tensor of the shape of logits. Its rows are padded if theirs are, but to Vp, a multiple of 128, at most:
+    theirs may be slices of wider ones."""
     n_rows, n_cols = logits.shape
     stride = min(max(logits.stride(0), n_cols), -(-n_cols // 128) * 128)
     return torch.empty((n_rows, stride), dtype=logits.dtype, device=logits.device)[:, :n_cols]
@@ -359,7 +334,7 @@ def _backward_(
     statistics: torch.Tensor,
     n_counted: torch.Tensor,
 ) -> None:
-    """The gradient over the logits; autograd then refuses whatever else would read them."""
+    """Write the gradient over the logits. Their new version makes autograd refuse any other use of them."""
     tensors = logits, targets, logits, statistics, dloss, n_counted
     _launch(_cross_entropy_bwd_kernel, tensors, logits.stride(0), logits.shape[1], ignore_index)
     torch.autograd.graph.increment_version(logits)
@@ -369,7 +344,7 @@ def _fake(
     logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, inplace_backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     loss, statistics, n_counted = (
-        logits.new_empty(shape, dtype=_wide(logits.dtype)) for shape in ((), (logits.shape[0], 3), ())
+        logits.new_empty(shape, dtype=launch.wide_dtype(logits.dtype)) for shape in ((), (logits.shape[0], 3), ())
     )
     return loss, statistics, n_counted
 
@@ -393,7 +368,7 @@ def _differentiate(ctx, dloss, *_):
 
 
 def _refuse_create_graph(op: str) -> None:
-    """What such a backward pass returns has lost its way back to the inputs: a second one would find zeros."""
+    """Autograd cannot trace these gradients back to the inputs, and would take second derivatives for zero."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op} cannot be differentiated twice; for create_graph=True use eager")
 
@@ -406,12 +381,12 @@ _cross_entropy = register("cross_entropy", _forward, _fake, _save, _differentiat
 
 
 def _matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int = 0) -> None:
-    """out = beta·out + a·b, summed and written in out's dtype, which may be wider than theirs."""
+    """out = beta·out + a·b, summed in out's dtype, which may be wider than that of a and b."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
     elif launch.capability(out.device):
         torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
-    else:  # on a CPU torch's matmuls have one dtype
+    else:  # on a CPU, torch's matmuls take one dtype
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
@@ -420,20 +395,19 @@ def _padded(n_cols: int) -> int:
 
 
 def chunk_rows(n_rows: int, n_cols: int, width: int, itemsize: int, beside: int) -> int:
-    """How many rows of logits the tied head has in memory at a time.
+    """Number of rows of logits that the tied head has in memory at a time.
 
     Args:
-        n_rows: of all logits.
+        n_rows: rows of all logits.
         n_cols: V.
         width: C.
-        itemsize: bytes of a logit.
+        itemsize: bytes per logit.
         beside: bytes that the head needs besides the chunk and the gradients.
 
     Returns:
-        As many as PEAK_FRACTION and CHUNK_BUDGET allow, but at least C, or half of all: with fewer, the accumulation of
-        dweight moves more bytes (8·V·C) than the chunk. Where that is too many for PEAK_FRACTION, below about 16·C rows
-        of 16 bits, so is the copy of dweight that backward makes. A multiple of CHUNK_BLOCK, or all rows if they are
-        fewer.
+        As many as PEAK_FRACTION and CHUNK_BUDGET allow, but at least C, or half of all: with fewer, accumulating
+        dweight would move more bytes (8·V·C) than the chunk. Below about 16·C rows of 16 bits that minimum exceeds
+        PEAK_FRACTION, but so does the copy of dweight in backward. A multiple of CHUNK_BLOCK, or all rows if fewer.
     """
     budget = min(CHUNK_BUDGET, n_rows * n_cols * itemsize // PEAK_FRACTION - beside)
     rows = max(budget // (_padded(n_cols) * itemsize), min(width, n_rows // 2), CHUNK_BLOCK)
@@ -443,10 +417,10 @@ def chunk_rows(n_rows: int, n_cols: int, width: int, itemsize: int, beside: int)
 def _linear_forward(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_dhidden: bool, needs_dweight: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, dhidden, dweight, n_counted); a gradient that is not needed is empty, the others lack
-    dloss/(n_counted·GRADIENT_SCALE)."""
+    """(loss, dhidden, dweight, n_counted). Gradients lack the factor dloss/(n_counted·GRADIENT_SCALE), and are empty if
+    not needed."""
     (n_rows, width), n_cols = hidden.shape, weight.shape[0]
-    wide = _wide(hidden.dtype)
+    wide = launch.wide_dtype(hidden.dtype)
     losses = hidden.new_empty(n_rows, dtype=wide)
     dhidden = hidden.new_empty(hidden.shape if needs_dhidden else 0, dtype=wide)
     dweight = hidden.new_zeros(weight.shape if needs_dweight else 0, dtype=wide)
@@ -484,7 +458,7 @@ def _linear_backward(
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients that forward made, as they are due; out of place, because backward may come again."""
+    """Scale the gradients that forward computed. Out of place, because backward may run again."""
     scale = dloss / (n_counted * GRADIENT_SCALE)
     dhidden = torch.mul(dhidden, scale, out=torch.empty_like(dhidden, dtype=hidden_dtype))
     dweight = torch.mul(dweight, scale, out=torch.empty_like(dweight, dtype=weight_dtype))
@@ -492,7 +466,7 @@ def _linear_backward(
 
 
 def _linear_fake(hidden, weight, targets, needs_dhidden, needs_dweight):
-    wide = _wide(hidden.dtype)
+    wide = launch.wide_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(hidden.shape if needs_dhidden else 0, dtype=wide),
@@ -509,7 +483,7 @@ def _save_linear(ctx, inputs, output):
     hidden, weight, _, *ctx.needs = inputs
     _, *saved = output
     ctx.dtypes = hidden.dtype, weight.dtype
-    ctx.set_materialize_grads(False)  # else backward is handed zeros of dweight's size
+    ctx.set_materialize_grads(False)  # otherwise backward would get zeros of the size of dweight
     ctx.save_for_backward(*saved)
 
 
@@ -533,20 +507,21 @@ def cross_entropy(
     """Mean cross-entropy over the targets that are not ignore_index.
 
     Args:
-        logits: (..., V), fp32, fp16 or bf16 (fp64 for gradcheck). Rows may be padded: a slice `padded[..., :V]` is read
-            where it is. What lies beyond V is neither read nor written, in any direction.
-        targets: (...) integers, each ignore_index (not counted) or in [0, V).
-        ignore_index: a target that does not count.
-        inplace_backward: the caller gives the logits up: backward writes their gradient where they were. A second
-            backward, or another that needs them later, is then an error of autograd's. torch.func ignores it.
+        logits: (..., V), fp32, fp16 or bf16 (fp64 for gradcheck). Rows may be padded: a slice `padded[..., :V]` is not
+            copied, and its padding is neither read nor written, forward or backward.
+        targets: (...) integers, each ignore_index (ignored) or in [0, V).
+        ignore_index: the target to ignore.
+        inplace_backward: backward may overwrite the logits with their gradient. If something else needs them later,
+            such as a second backward, autograd raises an error. Without effect under torch.func.
 
     Returns:
-        () loss in nats, fp32 whatever the logits are (fp64 for fp64), where torch's own rounds to 16 bits. NaN where no
-        target counts, and then the gradient is zero. The gradient has the dtype of the logits.
+        () loss in nats, fp32 for any logits (fp64 for fp64), where torch's own would round to 16 bits. If all targets
+        are ignored, it is NaN and the gradient zero. The gradient has the dtype of the logits.
 
     Raises:
-        ValueError: targets do not have the shape of the rows, or a tensor is of another dtype or device.
-        IndexError: a target is out of range. On a GPU, where asking would cost a synchronisation, a device-side assert.
+        ValueError: targets do not have the shape of the rows, or a tensor has another dtype or device.
+        IndexError: a target is out of range. On a GPU a device-side assertion fails instead, since raising here would
+            cost a synchronisation.
     """
     check("cross_entropy", {"logits": logits}, {"targets": targets})
     if targets.shape != logits.shape[:-1]:
@@ -561,23 +536,23 @@ def cross_entropy(
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The loss of the tied head, cross_entropy(hidden·weightᵀ, targets), without the whole of the logits.
+    """The loss of the tied head, cross_entropy(hidden·weightᵀ, targets), without all logits in memory.
 
-    Gradients are made together with the loss, of those of hidden and weight that need one while gradients are enabled;
-    nothing is made for a loss that nobody differentiates.
+    The gradients of hidden and weight are computed together with the loss, each only if it requires one and gradients
+    are enabled.
 
     Args:
         hidden: (..., C), fp32, fp16 or bf16 (fp64 for gradcheck).
-        weight: (V, C), of the same dtype. Under autocast both matter as autocast's dtype: weight is cast once, and its
-            gradient is in its own dtype, summed in fp32 over all rows and never rounded to 16 bits on the way.
-        targets: (...) integers, each −1 (not counted) or in [0, V).
+        weight: (V, C), same dtype. Autocast casts both: weight once, and its gradient, in its own dtype, is summed in
+            fp32 over all rows and never rounded to 16 bits in between.
+        targets: (...) integers, each −1 (ignored) or in [0, V).
 
     Returns:
-        () loss in nats, fp32 (fp64 for fp64). NaN where no target counts, and then the gradients are zero.
+        () loss in nats, fp32 (fp64 for fp64). If all targets are ignored, it is NaN and the gradients are zero.
 
     Raises:
-        ValueError: shapes do not match, dtypes without autocast do not, or a tensor is of another dtype or device.
-        IndexError: as `cross_entropy`.
+        ValueError: shapes do not match, dtypes do not match without autocast, or a tensor has another dtype or device.
+        IndexError: as in `cross_entropy`.
     """
     check("linear_cross_entropy", {"hidden": hidden, "weight": weight}, {"targets": targets})
     if targets.shape != hidden.shape[:-1] or weight.shape[1:] != hidden.shape[-1:]:
@@ -587,7 +562,7 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
     if autocast_dtype(weight.device, weight.dtype) != dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; without autocast they must be the same")
     hidden = hidden.to(dtype)
-    if transformed():  # which gradients are wanted is not to be known here
+    if transformed():  # it does not say which gradients it needs
         return cross_entropy(F.linear(hidden, weight.to(hidden.dtype)), targets)
     needs_dhidden, needs_dweight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -595,23 +570,23 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
 
 
 def forward_cost(n_rows: int, n_cols: int, itemsize: int) -> Cost:
-    """Of `cross_entropy`: logits and targets are read; losses and statistics are written."""
+    """`cross_entropy`: reads logits and targets; writes losses and statistics."""
     return Cost(n_rows * (n_cols * itemsize + 8 + 4 * 4), 5 * n_rows * n_cols)
 
 
 def backward_cost(n_rows: int, n_cols: int, itemsize: int) -> Cost:
-    """Of `cross_entropy`: logits, targets and statistics are read, the gradient is written, in place or not."""
+    """`cross_entropy`: reads logits, targets and statistics; writes the gradient, in place or not."""
     return Cost(n_rows * (2 * n_cols * itemsize + 8 + 3 * 4), 5 * n_rows * n_cols)
 
 
 def linear_forward_cost(n_rows: int, n_cols: int, width: int, itemsize: int, weight_itemsize: int) -> Cost:
-    """Of `linear_cross_entropy` with both gradients: hidden, weight and targets are read; losses and both gradients are
-    written in fp32. Nothing that the chunks of logits move is compulsory. FLOPs: three matmuls and the softmax."""
+    """`linear_cross_entropy` with both gradients: reads hidden, weight and targets; writes losses and both gradients in
+    fp32. The traffic of the chunks of logits is not compulsory. FLOPs: three matmuls and the softmax."""
     read = n_rows * (width * itemsize + 8) + n_cols * width * weight_itemsize
     written = 4 * (n_rows + n_rows * width + n_cols * width)
     return Cost(read + written, 6 * n_rows * n_cols * width + 10 * n_rows * n_cols)
 
 
 def linear_backward_cost(n_rows: int, n_cols: int, width: int, itemsize: int, weight_itemsize: int) -> Cost:
-    """Of `linear_cross_entropy`: both gradients are read in fp32 and written in the dtypes of hidden and weight."""
+    """`linear_cross_entropy`: reads both gradients in fp32, writes them in the dtypes of hidden and weight."""
     return Cost(width * (n_rows * (4 + itemsize) + n_cols * (4 + weight_itemsize)), width * (n_rows + n_cols))

@@ -1,8 +1,8 @@
-"""How an op is called: directly in eager mode, as a custom op where torch has to see it, and what it refuses.
+"""Calls of ops: directly in eager mode, as a custom op where torch has to see it. Checks that all ops share.
 
-`torch.library.custom_op` is what torch.compile, fake tensors and dispatch modes understand. With its autograd it costs
-100 to 400 µs a call, more than many a kernel runs. In eager mode nobody needs it, so there a call goes through an
-`autograd.Function` of a few µs to the same launcher.
+torch.compile, fake tensors and dispatch modes understand `torch.library.custom_op`. With its autograd it costs 100 to
+400 µs per call, longer than many kernels run. Eager mode does not need it: there a call reaches the same launcher
+through an `autograd.Function` in a few µs.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from torch.autograd import forward_ad
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """types of tensors with memory: not fake tensors, nor other subclasses"""
 _KINDS = frozenset({*PLAIN, int, float, bool, torch.dtype, type(None)})
-"""types of arguments that no subclass hides behind"""
+"""types of arguments for which the direct call is safe"""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 transformed = torch._C._are_functorch_transforms_active
-"""whether a transform of torch.func (grad, vmap, jvp, ...) is at work"""
+"""whether a transform of torch.func (grad, vmap, jvp, ...) is active"""
 _modes = torch._C._len_torch_dispatch_stack
-"""how many modes see every operation: fake tensors, tracers, counters"""
+"""number of active dispatch modes: fake tensors, tracers, counters"""
 
 
 def unseen(args: tuple) -> bool:
-    """Whether nobody but autograd has to see a call: no compiler, no transform, no mode, and real tensors."""
+    """Whether only autograd has to see a call: no compiler, transform or mode is active, and all tensors are real."""
     return not (
         torch.compiler.is_compiling()
         or transformed()
@@ -36,7 +36,7 @@ def unseen(args: tuple) -> bool:
 
 
 def unasked_apply(function: type[torch.autograd.Function]) -> Callable:
-    """`function.apply` without its question about torch.func, which `unseen` has asked."""
+    """`function.apply` without its check for torch.func, which `unseen` has made already."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]  # the base is part of torch._C
 
 
@@ -49,18 +49,18 @@ def register(
     visible: int | None = None,
     mutates: tuple[str, ...] = (),
 ) -> Callable:
-    """Register the custom op `tritongpt::name`, and return the function that calls it in the cheapest right way.
+    """Register the custom op `tritongpt::name`, and return a function that calls it in the cheapest correct way.
 
     Args:
-        name: of the op.
-        launch: takes tensors (the first argument is one) and numbers, all by position and annotated; returns tensors.
-        fake: the same on fake tensors: shapes, strides and dtypes without the work.
-        save: `setup_context(ctx, inputs, output)`, as of `autograd.Function`.
-        differentiate: `backward(ctx, *gradients)`. Without it, differentiating the result is an error: the op is the
-            backward pass of another one, and no op here has a second derivative.
-        visible: how many of the outputs the function returns and autograd knows of; the others are for `save`. None:
-            all, or the only one.
-        mutates: names of the arguments that are written to.
+        name: name of the op.
+        launch: takes tensors (the first argument is one) and numbers, all positional and annotated; returns tensors.
+        fake: like launch, for fake tensors: outputs have the right shapes, strides and dtypes, and no values.
+        save: `setup_context(ctx, inputs, output)` of an `autograd.Function`.
+        differentiate: `backward(ctx, *gradients)` of one. None for the backward pass of another op, since no op here
+            has a second derivative: then differentiating the result is an error.
+        visible: number of outputs that the function returns and autograd sees; the others are only for `save`. None
+            returns all of them.
+        mutates: names of the arguments that launch writes to.
     """
     op = torch.library.custom_op(f"tritongpt::{name}", launch, mutates_args=mutates)
     op.register_fake(fake)
@@ -96,7 +96,7 @@ def register(
         backward = staticmethod(backward_of)
 
     class Transformed(torch.autograd.Function):
-        """For torch.func, which wants this form; torch itself refuses vmap and forward mode here."""
+        """The form that torch.func needs. torch itself refuses vmap and forward mode here."""
 
         forward = staticmethod(launch)
         setup_context = staticmethod(save_marked)
@@ -108,7 +108,7 @@ def register(
 
     def call(*args: Any) -> Any:
         if unseen(args):
-            # A backward pass records nothing, unless it is to be differentiated again.
+            # Nothing to record in a backward pass, unless it will be differentiated again.
             if torch.is_grad_enabled() or forward_ad._current_level >= 0:
                 return apply(*args)
             return seen(launch(*args))
@@ -120,18 +120,18 @@ def register(
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What autocast, which does not reach custom ops, makes of a matmul's input of that dtype."""
+    """The dtype to which autocast would cast a matmul's input of this dtype. Autocast does not reach custom ops."""
     if device.type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return dtype
 
 
 def check(op: str, floats: dict[str, torch.Tensor], integers: dict[str, torch.Tensor] | None = None) -> None:
-    """Refuse, by name, what no kernel takes.
+    """Check the arguments of an op.
 
     Raises:
-        ValueError: one of `floats` is not fp32, fp16, bf16 or fp64; one of `integers` holds no integers; tensors are on
-            different devices.
+        ValueError: one of `floats` is not fp32, fp16, bf16 or fp64, one of `integers` is not of an integer type, or
+            tensors are on different devices. Names the argument.
     """
     device = None
     for name, tensor in floats.items():

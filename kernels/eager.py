@@ -1,7 +1,7 @@
-"""The reference: every op of the table in plain PyTorch, as slow and as obvious as its formula.
+"""The reference: every op of the table in plain PyTorch, slow and obvious.
 
-Whatever a kernel computes is measured against these functions. Shapes: B batch, T sequence, C width, H heads,
-D = C/H head_dim, V vocabulary. Floating-point inputs may be of any one dtype; gradients come from autograd.
+Kernels are tested against these functions. Shapes: B batch, T sequence, C width, H heads, D = C/H head_dim, V
+vocabulary. Floating-point inputs may have any dtype, the same for all; gradients come from autograd.
 """
 
 import math
@@ -51,7 +51,7 @@ def add_layer_norm(
 
     Args:
         residual: (..., C), the stream.
-        branch: (..., C), what a block's half computed.
+        branch: (..., C), the output of attention or of the MLP.
         weight: (C,).
         bias: (C,).
 
@@ -82,7 +82,7 @@ def attention(qkv: torch.Tensor, n_head: int) -> torch.Tensor:
         n_head: number of heads, a divisor of C.
 
     Returns:
-        (B, T, C): softmax(q·kᵀ/√D, over the positions not after the query's)·v, heads side by side.
+        (B, T, C): softmax(q·kᵀ/√D over positions up to the query's)·v, heads side by side.
     """
     q, k, v = _split_heads(qkv, n_head)
     scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(q.shape[-1]))
@@ -93,7 +93,7 @@ def attention(qkv: torch.Tensor, n_head: int) -> torch.Tensor:
 
 
 def sdpa_attention(qkv: torch.Tensor, n_head: int) -> torch.Tensor:
-    """The same as `attention`, by torch's scaled_dot_product_attention, which has no (T, T) matrix in memory."""
+    """`attention` by torch's scaled_dot_product_attention, which need not materialise the (T, T) matrix."""
     q, k, v = _split_heads(qkv, n_head)
     return _merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
@@ -103,10 +103,10 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits: (..., V).
-        targets: (...) int64, each −1 (not counted) or in [0, V).
+        targets: (...) int64, each −1 (ignored) or in [0, V).
 
     Returns:
-        () loss in nats. As torch defines it, NaN where no target counts.
+        () loss in nats; NaN if all targets are ignored, as in torch.
     """
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX)
 
@@ -117,7 +117,7 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
     Args:
         hidden: (..., C).
         weight: (V, C).
-        targets: (...) int64, each −1 (not counted) or in [0, V).
+        targets: (...) int64, each −1 (ignored) or in [0, V).
 
     Returns:
         () loss in nats.
@@ -126,8 +126,8 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
 
 
 class _Lookup(torch.autograd.Function):
-    """F.embedding, whose gradient is one op also to torch.compile, which would make atomic additions of it: their sum
-    has another order, and other bits, on every run."""
+    """F.embedding whose backward is one op for torch.compile too. It would otherwise generate atomic additions, whose
+    order, and so the result, differs from run to run."""
 
     @staticmethod
     def forward(ctx: Any, idx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,13 @@
     dposition[t] = Σ dy[b, t] over b,           0 beyond T
 
 idx: (B, T) integers; token_weight (V, C), position_weight (block_size, C), y (B, T, C), added in fp32. Saved for
-backward: idx. A program takes several sequences at one position, so that a row of position_weight is read once for all
-of them. With I, E and P bytes an element of idx, of token_weight and y, and of position_weight a call moves
-B·T·(I + 2·C·E) + T·C·P bytes at one FLOP an element of y.
+backward: idx. A program takes several sequences at one position and reads the row of position_weight once for all of
+them. With I, E and P bytes per element of idx, of token_weight and y, and of position_weight, a call moves
+B·T·(I + 2·C·E) + T·C·P bytes, with one FLOP per element of y.
 
-The backward pass is torch's, which is deterministic: its CUDA kernels sort the ids and add the rows of each id in that
-order (of up to 3072 ids one warp adds the rows of an id, one after another), and sum over the batch without atomics.
-At least B·T·(I + C·E) + (V + block_size)·C·E bytes move.
+Backward is torch's, which is deterministic. Its CUDA kernels sort the ids and add the rows of each id in that order
+(for up to 3072 ids, one warp adds the rows of an id one by one); the sum over the batch has no atomics either. It moves
+at least B·T·(I + C·E) + (V + block_size)·C·E bytes.
 """
 
 import torch
@@ -76,11 +76,7 @@ def _forward(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: tor
         (B, T, C, len(token_weight), *idx.stride(), token_weight.stride(0), position_weight.stride(0)),
         lambda: _configure(y),
     )
-    message = f"a token id is not in [0, {len(token_weight)})"
-    if launch.capability(y.device):
-        torch._assert_async(is_valid, message)  # seen at the next synchronisation, at no cost until then
-    elif not is_valid:
-        raise IndexError(message)
+    launch.require(is_valid, f"a token id is not in [0, {len(token_weight)})")
     return y
 
 
@@ -98,7 +94,7 @@ def _configure(y: torch.Tensor) -> tuple[tuple[int, ...], dict]:
 
 
 def _gradients(dy, idx, vocab_size, block_size, token_dtype, position_dtype, needs_dtoken, needs_dposition):
-    """`_backward` on fake tensors."""
+    """`_backward` for fake tensors."""
     C = dy.shape[-1]
     dtoken = dy.new_empty((vocab_size, C) if needs_dtoken else 0, dtype=token_dtype)
     return dtoken, dy.new_empty((block_size, C) if needs_dposition else 0, dtype=position_dtype)
@@ -114,7 +110,7 @@ def _backward(
     needs_dtoken: bool,
     needs_dposition: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dtoken, dposition), empty where not needed. An op, since torch.compile would make atomics of the first line."""
+    """(dtoken, dposition), empty if not needed. An op of its own: torch.compile would generate atomics for dtoken."""
     dtoken, dposition = dy.new_empty(0, dtype=token_dtype), dy.new_empty(0, dtype=position_dtype)
     if needs_dtoken:
         ids = idx if idx.dtype in (torch.int32, torch.int64) else idx.long()
@@ -149,14 +145,15 @@ def embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: to
     Args:
         idx: (B, T) token ids: integers of any width and strides.
         token_weight: (V, C); fp32, fp16 or bf16 (fp64 for gradcheck).
-        position_weight: (block_size, C), block_size >= T; of whichever of these dtypes.
+        position_weight: (block_size, C), block_size >= T; any of these dtypes.
 
     Returns:
-        (B, T, C) in the weights' dtype, contiguous: token_weight[idx] + position_weight[:T]. Autocast leaves it alone.
+        (B, T, C), contiguous: token_weight[idx] + position_weight[:T], in the wider of the weights' dtypes, also under
+        autocast.
 
     Raises:
-        ValueError: T is larger than block_size, the weights differ in width, or a tensor is of another dtype or device.
-        IndexError: an id is outside of [0, V), on a CPU. On a GPU that fails an assertion on the device, which shows at
+        ValueError: T is larger than block_size, the weights differ in width, or a tensor has another dtype or device.
+        IndexError: an id is outside [0, V), on a CPU. On a GPU a device-side assertion fails instead, which raises at
             the next synchronisation.
     """
     check("embedding", {"token_weight": token_weight, "position_weight": position_weight}, {"idx": idx})
@@ -170,12 +167,12 @@ def embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: to
 
 
 def forward_cost(B: int, T: int, C: int, itemsize: int, idx_itemsize: int = 8) -> Cost:
-    """A row of token_weight is read and one of y written for each id, and T rows of position_weight read."""
+    """Reads a row of token_weight and writes one of y per id; reads T rows of position_weight."""
     return Cost(B * T * (idx_itemsize + 2 * C * itemsize) + T * C * itemsize, B * T * C)
 
 
 def backward_cost(
     B: int, T: int, C: int, vocab_size: int, block_size: int, itemsize: int, idx_itemsize: int = 8
 ) -> Cost:
-    """dy and idx are read, and the gradients of both weights written."""
+    """Reads dy and idx, writes the gradients of both weights."""
     return Cost(B * T * (idx_itemsize + C * itemsize) + (vocab_size + block_size) * C * itemsize, 2 * B * T * C)

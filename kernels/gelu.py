@@ -3,9 +3,9 @@
     y  = 0.5·x·(1 + tanh(u)) = x·σ(2u),    u = √(2/π)·(x + 0.044715·x³)
     dx = dy·(s + x·s·(1 − s)·2u'),         s = σ(2u),  u' = √(2/π)·(1 + 3·0.044715·x²)
 
-With σ there is no 1 + tanh to cancel for large negative x. x: any shape, fp32, fp16 or bf16; y and dx have its dtype.
-Saved for backward: x. For n elements of `itemsize` bytes a call moves 2·n·itemsize bytes forward and 3·n·itemsize
-backward, at about 10 and 20 FLOPs an element: it is bound by memory.
+Written with σ, nothing cancels for large negative x, as 1 + tanh does. x: any shape, fp32, fp16 or bf16; y and dx have
+its dtype. Saved for backward: x. A call on n elements of `itemsize` bytes moves 2·n·itemsize bytes forward and
+3·n·itemsize backward, with about 10 and 20 FLOPs per element: both are memory-bound.
 """
 
 import torch
@@ -19,7 +19,7 @@ from kernels.dispatch import check, register
 TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 CUBIC = tl.constexpr(0.044715)
 SATURATED = tl.constexpr(12.0)
-"""from here on σ(2u) is 0 or 1 in fp32, and x³ may stop growing before it overflows"""
+"""beyond ±SATURATED σ(2u) is 0 or 1 in fp32, so clamping x changes nothing and keeps x³ from overflowing"""
 
 
 @triton.jit
@@ -45,12 +45,12 @@ def _gelu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, n_elements, COMPUTE_DTYPE: tl.conste
     s = _sigmoid_2u(x)
     bounded = tl.minimum(tl.maximum(x, -SATURATED), SATURATED)
     slope = (bounded * bounded * (3.0 * CUBIC) + 1.0) * TWICE_SQRT_2_OVER_PI
-    # bounded: a division that gives 1 − 2⁻²⁴ must not be multiplied by an x of 1e38.
+    # bounded and not x: for an s of 1 − 2⁻²⁴, which a GPU's division may return, an x of 1e38 would give a huge slope.
     tl.store(dx_ptr + offs, (dy * (s + bounded * (s * (1.0 - s) * slope))).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor) -> None:
-    """Run an elementwise kernel over contiguous tensors of one shape, the last of which it writes."""
+    """Run an elementwise kernel on contiguous tensors of one shape. It writes the last one."""
     x = tensors[-1]
     if x.numel() > 0:
         launch.run(kernel, tensors, (x.numel(),), lambda: _configure(x))
@@ -102,23 +102,23 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh form (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415).
 
     Args:
-        x: any shape and strides; fp32, fp16 or bf16 (fp64 for gradcheck). Under autocast it keeps its dtype.
+        x: any shape and strides; fp32, fp16 or bf16 (fp64 for gradcheck). Autocast does not change its dtype.
 
     Returns:
-        Same shape and dtype, contiguous: 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), computed in fp32 (fp64 in fp64).
+        Same shape and dtype, contiguous: 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), computed in fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: x is of another dtype.
+        ValueError: x has another dtype.
     """
     check("gelu", {"x": x})
     return _gelu(x)
 
 
 def forward_cost(n_elements: int, itemsize: int) -> Cost:
-    """x is read and y written."""
+    """Reads x, writes y."""
     return Cost(2 * n_elements * itemsize, 10 * n_elements)
 
 
 def backward_cost(n_elements: int, itemsize: int) -> Cost:
-    """x and dy are read and dx written; σ is computed again."""
+    """Reads x and dy, writes dx; recomputes σ."""
     return Cost(3 * n_elements * itemsize, 20 * n_elements)

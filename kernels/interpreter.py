@@ -1,8 +1,8 @@
-"""Where the kernels run: on an NVIDIA GPU, or, without one, in Triton's interpreter (NumPy, a program at a time).
+"""Where the kernels run: on an NVIDIA GPU or, without one, in Triton's interpreter (NumPy, one program at a time).
 
-Triton decides between the two when it is imported, so `choose` has to come before that, and it is the only place that
-chooses. Triton's interpreter gets some things wrong that a GPU gets right; `_make_honest` mends them, so that bfloat16,
-dots and masked loads mean the same in both.
+Triton decides between the two when it is imported, so `choose` has to be called before. It is the only place that
+chooses. `_make_honest` corrects what the interpreter gets wrong, so that bfloat16, dots and masked loads behave as on a
+GPU.
 """
 
 import importlib.util
@@ -15,15 +15,15 @@ INSTALL = "pip install 'triton>=3.6,<3.8' (Linux only)"
 
 
 def choose(device_type: str) -> None:
-    """Prepare triton for this process, before its first import; the same choice may be repeated.
+    """Prepare triton for this process, before its first import. The same choice may be repeated.
 
     Args:
         device_type: "cuda" compiles for the GPU, "cpu" interprets.
 
     Raises:
         ImportError: triton is not installed.
-        ValueError: no kernel runs on such a device.
-        RuntimeError: triton is already imported, for the other of the two.
+        ValueError: the kernels do not run on this type of device.
+        RuntimeError: triton is already imported for the other choice.
     """
     if device_type not in ("cuda", "cpu"):
         raise ValueError(f"triton kernels run on cuda, or interpreted on cpu; not on {device_type}")
@@ -44,16 +44,16 @@ def choose(device_type: str) -> None:
 
 
 def _make_honest() -> bool:
-    """Mend the interpreter: bf16 casts round to nearest even, bf16 dots multiply numbers, TF32 dots drop the last 13
-    bits of both operands as tensor cores do, the sum in a dot does not depend on which operand comes first, and a
-    masked load without `other` gives NaN where a GPU gives whatever it likes (the interpreter's 0 would hide the
-    mistake).
+    """Correct the interpreter. Returns False if it was corrected before.
 
-    A GPU adds the products of q·kᵀ and of k·qᵀ in one order, so that a backward pass that turns the matrix round finds
-    the scores of the forward pass again, to the bit. NumPy leaves the order to its BLAS, which has one for every CPU.
+    - bf16 casts round to nearest even, and bf16 dots multiply numbers (the interpreter stores bf16 as bits in uint16).
+    - TF32 dots drop the last 13 bits of both operands, as tensor cores do.
+    - The sum in a dot does not depend on which operand comes first. A GPU adds the products of q·kᵀ and of k·qᵀ in one
+      order, so that backward, which transposes the matrix, recomputes the very scores of forward. NumPy's BLAS chooses
+      another order on every CPU.
+    - A masked load without `other` gives NaN, where a GPU gives anything. The interpreter's 0 would hide the mistake.
 
-    The interpreter keeps bf16 as its bits in uint16. This reaches into private API, so pyproject.toml pins triton and
-    tests/kernels/test_interpreter.py says whether it still holds. Returns False where it was done before.
+    All this patches private API: pyproject.toml pins triton, and tests/kernels/test_interpreter.py tests the patch.
     """
     import numpy as np
     import triton.language as tl
@@ -68,8 +68,8 @@ def _make_honest() -> bool:
     patch_lang = interpreter._patch_lang
 
     def patch_lang_once(fn):
-        """For each call of a device function it looks through all of triton.language, a third of a kernel's time, to
-        put in place what the launch of the kernel has put there."""
+        """At every call of a device function the original goes through all of triton.language, in a third of a kernel's
+        time, to patch what the launch of the kernel has patched."""
         langs = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
         if langs and not any(tl.core.is_builtin(lang.load) for lang in langs):
             return interpreter._LangPatchScope()
@@ -95,7 +95,7 @@ def _make_honest() -> bool:
 
     def honest_dot(self, a, b, d, input_precision, *args):
         a, b = operand(a, input_precision), operand(b, input_precision)
-        total = np.matmul(a, b, dtype=np.float64) + d.data  # to be rounded once, whatever the order was
+        total = np.matmul(a, b, dtype=np.float64) + d.data  # rounded once, so that the order does not matter
         return TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
     def honest_masked_load(self, ptrs, mask, other, *args):

@@ -1,14 +1,15 @@
 """Launch parameters as data: block sizes, warps and stages by op, shape, dtype and compute capability.
 
-Nothing is tuned at run time: all ranks launch the same programs, and every run gives the same bits. A new GPU is a few
-rows here. Where a row was measured, bench/results says so; the others follow from what the machine code needs of
-registers and shared memory (`python -m bench resources`).
+Nothing is tuned at run time: all ranks launch the same programs, and runs are bitwise identical. A new GPU needs a few
+rows here. bench/results says which rows were measured; the others follow from the registers and shared memory that the
+machine code needs.
 
-Two kinds of calls spill registers in every row that was tried. LayerNorm of more than 8,192 columns: backward up to 430
-bytes per thread, since with both sums, the weight, x and dy it has five fp32 numbers per column, and a multiprocessor
-has 65,536 registers; forward up to 64. Attention in 16 bits, up to 112 bytes, where T is no multiple of the tiles and
-head_dim, such as 80, is one of 16 and no power of two. Where head_dim or T is odd, a few other kernels spill 8 or 16
-bytes.
+Two kinds of calls spill registers with every configuration that was tried:
+- LayerNorm of more than 8,192 columns: backward up to 430 bytes per thread, forward up to 64. Backward holds five fp32
+  numbers per column (both sums, the weight, x and dy), and a multiprocessor has 65,536 registers.
+- Attention in 16 bits where T is not a multiple of the tiles and head_dim is a multiple of 16 but not a power of two,
+  such as 80: up to 112 bytes.
+A few other kernels spill 8 or 16 bytes where head_dim or T is odd.
 """
 
 import functools
@@ -23,35 +24,34 @@ from kernels.dispatch import PLAIN
 
 
 class LaunchConfig(NamedTuple):
-    """A row: launch parameters, and the calls that they are for."""
+    """Launch parameters, and the calls that they apply to."""
 
     op: str
     capability: int
-    """compute capability, ten times the major and once the minor number, from which on the row holds; 0: any GPU, and
-    the interpreter"""
+    """lowest compute capability, 90 for 9.0; 0 for any GPU and the interpreter"""
     width: int
-    """head_dim or n_cols up to which it holds"""
+    """largest head_dim or n_cols"""
     itemsize: int
-    """bytes of an element up to which it holds"""
+    """largest size of an element, in bytes"""
     block_m: int
-    """rows a program takes at a time"""
+    """rows per program and step"""
     block_n: int
-    """columns, keys or elements a program takes at a time; 0: all, rounded up to a power of two"""
+    """columns, keys or elements per program and step; 0 for all, rounded up to a power of two"""
     num_warps: int
     num_stages: int
     max_registers: int | None = None
-    """a thread's, where a few fewer make room for another program on a multiprocessor and nothing spills"""
+    """limit per thread, where a few fewer let another program run on the same multiprocessor without spills"""
     unaligned: bool = False
-    """whether it is for widths that 16 does not divide: each element has an address of its own, in registers"""
+    """only for widths that 16 does not divide, where the address of each element takes registers"""
 
 
 ANY = 1 << 62
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
-# (capability from which on it holds, multiprocessors of its largest chip), newest first
+# (lowest compute capability, multiprocessors of its largest chip), newest first
 MULTIPROCESSORS = ((100, 148), (90, 132), (0, 108))
 
-# In 16 bits on sm_80. They fit the 99 KiB of shared memory of sm_86 and sm_89, and of sm_120, which has sm_80's matrix
+# For 16 bits on sm_80. They fit the 99 KiB of shared memory of sm_86, sm_89 and sm_120, which has sm_80's matrix
 # instructions.
 ATTENTION_80 = (
     LaunchConfig("attention", 80, 64, 2, 128, 64, 8, 3),
@@ -62,10 +62,10 @@ ATTENTION_80 = (
     LaunchConfig("attention_dkdv", 80, 128, 2, 64, 64, 8, 2),
 )
 
-# The first row that fits is taken.
+# The first row that applies is used.
 CONFIGS = (
-    # A tile of 8192 elements in registers and the next one on its way; backward half as many, since the sums of dw and
-    # db are in registers too. At most 99 KiB of shared memory with any dtypes, which is what the smaller GPUs have.
+    # A tile of 8192 elements in registers while the next one is loaded. Backward takes half as many, since the sums of
+    # dw and db are in registers too. With any dtypes at most 99 KiB of shared memory, the limit of the smaller GPUs.
     *(LaunchConfig("layer_norm", 0, width, 4, 8192 // width, 0, 16, 2) for width in WIDTHS),
     LaunchConfig("layer_norm", 0, 16384, 8, 1, 0, 32, 1),
     *(LaunchConfig("layer_norm_backward", 0, width, 4, 4096 // width, 0, 16, 3) for width in WIDTHS[:-1]),
@@ -75,11 +75,11 @@ CONFIGS = (
     LaunchConfig("layer_norm_partials", 0, ANY, 8, 64, 32, 4, 1),
     LaunchConfig("embedding", 0, ANY, 8, 8, 256, 4, 1),
     LaunchConfig("gelu", 0, ANY, 8, 1, 1024, 4, 1),
-    # Attention takes block_m queries and block_n keys at a time. Nothing spills in 16 bits, and on sm_90 nothing makes
-    # ptxas run wgmma one by one (it says so, in a warning that Triton swallows). Within that, at head_dim 64, two
-    # programs on a multiprocessor, so that one multiplies while the other one exponentiates; and 128 queries where keys
-    # and values come from L2, since 64 read them twice as often. In fp32 and fp64 all three have the same tiles: then
-    # backward makes the scores in the bits that forward normalised, though the order of summing may follow the shape.
+    # Attention takes block_m queries and block_n keys per step. In 16 bits nothing spills, and on sm_90 ptxas does not
+    # serialise wgmma (it warns if it does, but Triton hides the warning). Within these limits: at head_dim 64 two
+    # programs per multiprocessor, so that one multiplies while the other computes exponentials; and 128 queries, since
+    # with 64 keys and values would be read from L2 twice as often. In fp32 and fp64 all three kernels have the same
+    # tiles: the order of a sum may depend on them, and backward has to recompute the very scores of forward.
     LaunchConfig("attention", 80, 128, 2, 32, 32, 4, 2, unaligned=True),
     LaunchConfig("attention", 80, 64, 4, 32, 32, 8, 1, unaligned=True),
     LaunchConfig("attention_dq", 80, 128, 2, 32, 32, 8, 2, unaligned=True),
@@ -111,23 +111,23 @@ CONFIGS = (
     LaunchConfig("attention_dkdv", 0, 64, 4, 32, 32, 8, 2),
     LaunchConfig("attention_dkdv", 0, 128, 4, 16, 32, 8, 1),
     LaunchConfig("attention_dkdv", 0, 128, 8, 16, 16, 4, 1),
-    # By its registers, two or three programs on a multiprocessor where a row is read twice, the second time from L2: at
-    # most 396 rows of GPT-2's vocabulary in 16 bits on an H100, 40 MB.
+    # Registers allow two or three programs per multiprocessor. A row is read twice, the second time from L2: on an H100
+    # at most 396 rows of GPT-2's vocabulary in 16 bits, 40 MB.
     LaunchConfig("cross_entropy", 0, ANY, 8, 1, 8192, 16, 1),
 )
 
 
 def lookup(op: str, device: torch.device, itemsize: int, width: int = 1) -> LaunchConfig:
-    """The row for a call.
+    """The configuration of a call.
 
     Args:
         op: a name in CONFIGS.
-        device: where the tensors are.
-        itemsize: bytes of an element of the tensors that it reads most of.
+        device: device of the tensors.
+        itemsize: bytes per element of the largest tensors that the op reads.
         width: head_dim or n_cols.
 
     Raises:
-        ValueError: no row is that wide.
+        ValueError: width is larger than any row allows.
     """
     trial = _trial and _trial.configs.get(op)
     return trial or _first_config(op, capability(device), itemsize, width)
@@ -144,17 +144,17 @@ def _first_config(op: str, at: int, itemsize: int, width: int) -> LaunchConfig:
 
 
 def n_programs(device: torch.device) -> int:
-    """How many programs share the rows where each takes many of them: one a multiprocessor.
+    """Number of programs that share the rows of a call: one per multiprocessor.
 
-    A constant of the capability and not asked of the GPU: each program makes a partial sum, and with other partial sums
-    two boards of a kind would give other bits.
+    It depends on the compute capability alone. Each program adds a partial sum, so two boards of one generation with
+    different numbers of multiprocessors would otherwise differ in the last bits.
     """
     at = capability(device)
     return next(count for at_least, count in MULTIPROCESSORS if at >= at_least)
 
 
 def capability(device: torch.device) -> int:
-    """90 for an H100; 0 where there is no GPU."""
+    """Compute capability: 90 for an H100, 0 without a GPU."""
     return _dry_run.capability if _dry_run else _capability(device)
 
 
@@ -167,43 +167,61 @@ def _capability(device: torch.device) -> int:
 
 
 def fp32_dot_precision() -> str:
-    """What `tl.dot` does with fp32: "tf32" where torch's own CUDA matmuls do it, else "ieee".
+    """Precision of `tl.dot` on fp32: "tf32" if torch's own CUDA matmuls use it, else "ieee".
 
-    Reads the setting that torch gives cuBLAS, whichever of its setters made it. `torch.get_float32_matmul_precision`
-    raises once the newer setters were used.
+    Reads the setting that cuBLAS gets, whichever setter was used. `torch.get_float32_matmul_precision` raises after one
+    of the newer setters.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def compute_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What a kernel computes in: fp32, and fp64 on fp64 inputs, so that gradcheck can look at it."""
+    """The dtype in which a kernel computes: fp32, or fp64 for fp64 inputs, for gradcheck."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """torch's name of `compute_dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def require(is_valid: torch.Tensor, message: str) -> None:
+    """Check a flag that a kernel wrote, () int32.
+
+    Raises:
+        IndexError: it is 0, without a GPU. On a GPU a device-side assertion fails, which raises at the next
+            synchronisation: to raise here would cost one.
+    """
+    if capability(is_valid.device):
+        torch._assert_async(is_valid, message)
+    elif not is_valid:
+        raise IndexError(message)
+
+
 def cdiv(n: int, d: int) -> int:
-    """n/d, rounded up. Triton's own, which kernels call too, takes 5 µs on the host."""
+    """n/d, rounded up. Triton's own function takes 5 µs on the host."""
     return -(-n // d)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest one that is at least n."""
+    """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 class Call(NamedTuple):
-    """What `run` would have launched."""
+    """A launch that a dry run recorded."""
 
     kernel: triton.JITFunction
     args: dict[str, Any]
-    """every parameter of the kernel by name, constexprs too"""
+    """every parameter of the kernel by name, including constexprs"""
     options: dict[str, int | None]
     """num_warps, num_stages, maxnreg"""
     grid: tuple[int, ...]
 
 
 class DryRun:
-    """`with DryRun(90, calls.append):` launches nothing in this block, and notes what a GPU of that compute capability
-    would be given. What the kernels would have written is left as it was."""
+    """In `with DryRun(90, calls.append):` nothing is launched. The launches that a GPU of that compute capability would
+    get are recorded; the tensors that they would write are left unchanged."""
 
     def __init__(self, capability: int, note: Callable[[Call], None]):
         self.capability, self.note = capability, note
@@ -218,9 +236,9 @@ class DryRun:
 
 
 class Trial:
-    """`with Trial(config):` launches the op of each config with it, whatever the table says: for the tuner and tests.
+    """In `with Trial(config):` the op of each config is launched with that config instead of the table's.
 
-    One that is entered again finds its compiled kernels.
+    For the tuner and tests. A Trial keeps its compiled kernels, and can be entered again.
     """
 
     def __init__(self, *configs: LaunchConfig):
@@ -241,7 +259,7 @@ _dry_run: DryRun | None = None
 _trial: Trial | None = None
 _compiled: dict[tuple, Callable] = {}
 _MOST_COMPILED = 4096
-"""entries; lengths of sequences that all differ, as in sampling, would fill the memory"""
+"""entries; sequences of ever new lengths, as in sampling, would fill the memory"""
 
 
 def run(
@@ -253,16 +271,16 @@ def run(
 ) -> bool:
     """Launch `kernel[grid](*tensors, *numbers, **constants)` on the device of the first tensor.
 
-    Triton finds out at each launch what it knows already: whether it has compiled for such arguments. Here what it
-    looks at, the numbers and the dtypes and alignments of tensors, is the key to what was launched for the same before.
+    At each launch Triton looks up whether it has compiled the kernel for such arguments. That is slow, so compiled
+    kernels are also kept here, by what Triton specialises on: numbers, and dtypes and alignments of tensors.
 
     Args:
         kernel: its parameters are tensors, then numbers, then constexprs.
         tensors: the first one is not None.
         numbers: sizes and strides.
-        configure: grid and constants, which are constexprs and options such as num_warps. They follow from dtypes,
-            numbers, capability and `also`.
-        also: whatever else they follow from.
+        configure: returns grid and constants (constexprs, and options such as num_warps). They may depend on dtypes,
+            numbers, capability and `also` only.
+        also: anything else that they depend on.
 
     Returns:
         Whether it was launched: False in a dry run.
@@ -282,7 +300,7 @@ def run(
         with torch.cuda.device(index):
             return run(kernel, tensors, numbers, configure, also)
     key = None
-    if type(first) in PLAIN:  # not a fake one, with which launches are counted
+    if type(first) in PLAIN:  # fake tensors, with which launches are counted, have no memory
         pointers = [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
         dtypes = [tensor is None or tensor.dtype for tensor in tensors]
         key = (id(kernel), index, also, *numbers, *dtypes, *[pointer and pointer % 16 for pointer in pointers])
@@ -292,7 +310,7 @@ def run(
             return True
     grid, constants = configure()
     compiled = kernel[grid](*tensors, *numbers, **constants)
-    if key and compiled is not None:  # the interpreter has nothing to keep
+    if key and compiled is not None:  # the interpreter compiles nothing
         if len(_compiled) >= _MOST_COMPILED:
             _compiled.clear()
         constexprs = [constants[name] for name in kernel.arg_names[len(tensors) + len(numbers) :]]
@@ -301,8 +319,7 @@ def run(
 
 
 def _launcher(compiled: Any, grid: tuple[int, ...], device: int, constexprs: list) -> Callable:
-    """A function that launches what the JIT compiled, as the JIT does, with other pointers; Triton's profiler is not
-    told."""
+    """A function that launches a compiled kernel with other pointers, as the JIT does; Triton's profiler misses it."""
     before = (compiled.function, compiled.packed_metadata, None, None, None)
     grid = (*grid, 1, 1)[:3]
     launch, stream_of = compiled.run, triton.runtime.driver.active.get_current_stream

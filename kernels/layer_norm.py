@@ -1,20 +1,21 @@
 """LayerNorm over the last dimension (Ba et al. 2016, https://arxiv.org/abs/1607.06450), alone and behind an addition.
 
-    r     = residual + branch                       add_layer_norm only; rounded to its dtype before it is normalised
+    r     = residual + branch                       only in add_layer_norm; rounded to its dtype before normalisation
     x_hat = (r − mean(r))·rstd,                     rstd = 1/√(var(r) + eps), biased variance
     y     = x_hat·weight + bias
     dr    = (wdy − mean(wdy) − x_hat·mean(wdy·x_hat))·rstd + dresidual,      wdy = dy·weight
     dw    = Σ dy·x_hat,   db = Σ dy                 over rows
 
-A call has n_rows rows of n_cols columns. Both forwards are one kernel, so that layer_norm(r) has the bits of
-add_layer_norm's second output. Saved for backward: r (for layer_norm its x) in its own dtype, mean and rstd of each row
-in fp32, weight; not the branch and not y. A fixed number of programs shares the rows: weight and bias are read, and
-partial sums of dw and db (fp32) written, once a program and not once a row; a second kernel adds the partial sums in
-their order. Nothing is atomic: the same inputs give the same bits.
+A call has n_rows rows of n_cols columns. Both ops have one forward kernel, so layer_norm(r) is bitwise identical to the
+second output of add_layer_norm. Saved for backward: r (x in layer_norm) in its own dtype, mean and rstd per row in
+fp32, and weight, but neither the branch nor y. A fixed number of programs shares the rows: each reads weight and bias,
+and writes partial sums of dw and db (fp32), once per program instead of once per row. A second kernel adds the partial
+sums in a fixed order. There are no atomics: the same inputs give bitwise identical results.
 
-With R, Y and S bytes an element of r, y and branch, n_rows·n_cols·(R + Y) bytes move forward and n_rows·n_cols·(2R + Y)
-backward; the addition costs R + S more forward, and backward R, and S where the branch's dtype is not r's. At about 11
-and 14 FLOPs an element both are bound by memory. `forward_cost` and `backward_cost` have the small terms too.
+With R, Y and S bytes per element of r, y and branch, forward moves n_rows·n_cols·(R + Y) bytes and backward
+n_rows·n_cols·(2R + Y). The addition costs R + S more per element forward, and R backward, or R + S if the dtypes of r
+and branch differ. With about 11 and 14 FLOPs per element both are memory-bound. `forward_cost` and `backward_cost`
+include the small terms.
 """
 
 import math
@@ -29,12 +30,12 @@ from kernels.dispatch import PLAIN, autocast_dtype, check, register
 
 EPS = tl.constexpr(eager.LAYER_NORM_EPS)
 HIGHEST = tl.constexpr(3.4028234663852886e38)
-"""of fp32"""
+"""the largest number in fp32"""
 
 
 @triton.jit
 def _offsets(rows, stride, cols, ALIGN: tl.constexpr):
-    """Offsets of a tile, (BLOCK_M, BLOCK_N). ALIGN divides the stride, and says how wide an access may be."""
+    """Offsets of a tile, (BLOCK_M, BLOCK_N). ALIGN divides the stride, and so decides how wide accesses can be."""
     return tl.multiple_of(rows * stride, ALIGN)[:, None] + cols[None, :]
 
 
@@ -75,9 +76,9 @@ def _layer_norm_fwd_kernel(
             x = residual.to(COMPUTE_DTYPE)
         rough_mean = tl.sum(x, 1) / N_COLS
         centred = tl.where(in_row[None, :], x - rough_mean[:, None], 0.0)
-        # What rounding left in the mean: in a row of equal numbers it is all there is, and rstd is 1/√eps.
+        # The rounding error of the mean. In a row of equal numbers it is all that is left, and rstd is 1/√eps.
         rest = tl.sum(centred, 1) / N_COLS
-        # Of a row beyond 1e19 the variance is infinite in fp32, and rstd 0, as in eager; not the NaN of ∞ − ∞.
+        # For a row beyond 1e19 the variance overflows fp32. rstd is then 0, as in eager; ∞ − ∞ would make it NaN.
         variance = tl.sum(centred * centred, 1) / N_COLS - tl.minimum(rest * rest, HIGHEST)
         rstd = tl.rsqrt(tl.maximum(variance, 0.0) + EPS)
         y = (centred - rest[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
@@ -112,7 +113,7 @@ def _layer_norm_bwd_kernel(
     cols = tl.arange(0, BLOCK_N)
     in_row = cols < N_COLS
     weight = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(COMPUTE_DTYPE)
-    # One sum a lane; rows meet in a fixed order after the loop.
+    # One sum per lane; rows are added in a fixed order after the loop.
     dweight = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE_DTYPE)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE_DTYPE)
     for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
@@ -122,7 +123,7 @@ def _layer_norm_bwd_kernel(
         dy = tl.load(dy_ptr + _offsets(rows, stride_dy, cols, ALIGN), mask=mask, other=0.0).to(COMPUTE_DTYPE)
         mean = tl.load(statistics_ptr + rows, mask=rows < n_rows, other=0.0)
         rstd = tl.load(statistics_ptr + n_rows + rows, mask=rows < n_rows, other=0.0)
-        # Beyond the row x_hat is not 0, but dy is, and with it every product of the two.
+        # In masked columns x_hat is not 0, but dy is, and so is every product of the two.
         x_hat = (x - mean[:, None]) * rstd[:, None]
         wdy = dy * weight[None, :]
         along_x_hat = tl.sum(wdy * x_hat, 1) / N_COLS
@@ -144,13 +145,7 @@ def _layer_norm_bwd_kernel(
 
 @triton.jit
 def _layer_norm_partials_kernel(
-    partials_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    n_partials,
-    N_COLS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    partials_ptr, dweight_ptr, dbias_ptr, n_partials, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), partials_ptr.dtype.element_ty)
@@ -166,8 +161,8 @@ def _layer_norm_partials_kernel(
 
 
 def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(..., C) as rows that are contiguous, and their stride; the same memory where its strides allow that."""
-    if x.is_contiguous() and type(x) in PLAIN:  # a fake one is looked at: as (n_rows, C)
+    """(..., C) as contiguous rows, and their stride; without a copy where the strides of x allow it."""
+    if x.is_contiguous() and type(x) in PLAIN:  # who counts launches on fake tensors sees the shape (n_rows, C)
         return x, x.shape[-1]
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -175,7 +170,7 @@ def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def _configure(op: str, r: torch.Tensor, *strides: int | None, **flags: bool) -> tuple[tuple[int, ...], dict]:
-    """A grid of programs that share the rows of r, and the constants of `op`, which reads rows of these strides."""
+    """Grid and constants of `op`, whose programs share the rows of r. strides: of all tensors that it reads by rows."""
     n_cols = r.shape[-1]
     config = launch.lookup(op, r.device, r.element_size(), n_cols)
     constants = flags | {
@@ -203,7 +198,7 @@ def _launch_forward(
     y: torch.Tensor,
     statistics: torch.Tensor,
 ) -> None:
-    """Fill y and statistics, and with a branch residual."""
+    """Write y and statistics, and residual if there is a branch."""
     if x.numel() == 0:
         return
     n_rows, n_cols, has_branch = x.numel() // x.shape[-1], x.shape[-1], branch is not None
@@ -230,7 +225,7 @@ def _launch_backward(
     dweight: torch.Tensor,
     dbias: torch.Tensor,
 ) -> None:
-    """Fill dx, dweight and dbias, and dbranch where there is one."""
+    """Write dx, dweight and dbias, and dbranch if given."""
     if r.numel() == 0:
         dweight.zero_()
         dbias.zero_()
@@ -267,22 +262,21 @@ def _configure_partials(partials: torch.Tensor) -> tuple[tuple[int, ...], dict]:
 
 
 def _empty(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Contiguous, whatever the strides of x are."""
+    """A contiguous tensor of the shape of x."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _outputs(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `forward`."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return _empty(x, dtype), x.new_empty((2, *x.shape[:-1]), dtype=wide)
+    """The outputs of `forward`, empty."""
+    return _empty(x, dtype), x.new_empty((2, *x.shape[:-1]), dtype=launch.wide_dtype(x.dtype))
 
 
 def forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, statistics: mean and rstd); dtype is y's"""
+    """Returns (y, statistics: mean and rstd). dtype is y's."""
     y, statistics = _outputs(x, weight, bias, dtype)
     _launch_forward(x, None, weight, bias, None, y, statistics)
     return y, statistics
@@ -291,7 +285,7 @@ def forward(
 def _add_outputs(
     residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of `add_forward`."""
+    """The outputs of `add_forward`, empty."""
     r = _empty(residual, torch.promote_types(residual.dtype, branch.dtype))
     return r, *_outputs(r, weight, bias, dtype)
 
@@ -299,22 +293,20 @@ def _add_outputs(
 def add_forward(
     residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(residual + branch, y, statistics: mean and rstd); dtype is y's"""
+    """Returns (residual + branch, y, statistics: mean and rstd). dtype is y's."""
     r, y, statistics = _add_outputs(residual, branch, weight, bias, dtype)
     _launch_forward(residual, branch, weight, bias, r, y, statistics)
     return r, y, statistics
 
 
 def _gradients(
-    dy: torch.Tensor,
-    dresidual: torch.Tensor | None,
     r: torch.Tensor,
-    statistics: torch.Tensor,
     weight: torch.Tensor,
     residual_dtype: torch.dtype,
     branch_dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The outputs of `backward`, empty."""
     dbranch = r.new_empty(0) if branch_dtype == residual_dtype else _empty(r, branch_dtype)
     return _empty(r, residual_dtype), dbranch, _empty(weight, weight.dtype), _empty(weight, bias_dtype)
 
@@ -329,10 +321,8 @@ def backward(
     branch_dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dbranch, dw, db); dbranch is empty where its dtype is that of dx, which then is the gradient of both"""
-    dx, dbranch, dweight, dbias = _gradients(
-        dy, dresidual, r, statistics, weight, residual_dtype, branch_dtype, bias_dtype
-    )
+    """Returns (dx, dbranch, dw, db). If dbranch has the dtype of dx, it is empty, and dx is the gradient of both."""
+    dx, dbranch, dweight, dbias = _gradients(r, weight, residual_dtype, branch_dtype, bias_dtype)
     written = dbranch if branch_dtype != residual_dtype else None
     _launch_backward(dy, dresidual, r, statistics, weight, dx, written, dweight, dbias)
     return dx, dbranch, dweight, dbias
@@ -354,7 +344,7 @@ def _add_save(ctx, inputs, output):
     r, _, statistics = output
     ctx.save_for_backward(r, statistics, weight)
     ctx.dtypes = residual.dtype, branch.dtype, bias.dtype
-    # Nobody reads the residual stream behind the last LayerNorm: no zeros are made for its gradient.
+    # Nothing reads the residual stream after the last LayerNorm. Its gradient is then None, and not a tensor of zeros.
     ctx.set_materialize_grads(False)
 
 
@@ -367,7 +357,9 @@ def _add_differentiate(ctx, dresidual, dy, *_):
     return dx, dx if branch_dtype == residual_dtype else dbranch, dweight, dbias, None
 
 
-_layer_norm_backward = register("layer_norm_backward", backward, _gradients)
+_layer_norm_backward = register(
+    "layer_norm_backward", backward, lambda dy, dresidual, r, statistics, *others: _gradients(r, *others)
+)
 _layer_norm = register("layer_norm", forward, _outputs, _save, _differentiate, visible=1)
 _add_layer_norm = register("add_layer_norm", add_forward, _add_outputs, _add_save, _add_differentiate, visible=2)
 
@@ -383,15 +375,15 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tor
 
     Args:
         x: (..., C) of any strides, C at most 16384; fp32, fp16 or bf16 (fp64 for gradcheck).
-        weight: (C,), of whichever of these dtypes.
-        bias: (C,), of whichever of these dtypes.
+        weight: (C,), any of these dtypes.
+        bias: (C,), any of these dtypes.
 
     Returns:
-        (..., C), contiguous: (x − mean)/√(var + eps)·weight + bias, computed in fp32. Its dtype is that of x, and under
-        autocast autocast's.
+        (..., C), contiguous: (x − mean)/√(var + eps)·weight + bias, computed in fp32 (fp64 for fp64). Its dtype is that
+        of x, or under autocast autocast's.
 
     Raises:
-        ValueError: weight or bias is not as wide as x, x is too wide, or a tensor is of another dtype or device.
+        ValueError: weight or bias is not as wide as x, x is too wide, or a tensor has another dtype or device.
     """
     check("layer_norm", {"x": x, "weight": weight, "bias": bias})
     _check_shapes(x, weight, bias)
@@ -405,23 +397,23 @@ def add_layer_norm(
 
     Args:
         residual: (..., C) of any strides, C at most 16384; fp32, fp16 or bf16 (fp64 for gradcheck).
-        branch: of the same shape and of whichever of these dtypes.
-        weight: (C,), of whichever of these dtypes.
-        bias: (C,), of whichever of these dtypes.
+        branch: same shape, any of these dtypes.
+        weight: (C,), any of these dtypes.
+        bias: (C,), any of these dtypes.
 
     Returns:
-        (residual + branch, layer_norm(residual + branch)), both (..., C) and contiguous. The sum has the dtype that
-        torch's addition gives it, also under autocast; the second is to the bit what `layer_norm` makes of the first.
+        (residual + branch, layer_norm(residual + branch)), both (..., C) and contiguous. The sum has the dtype of
+        torch's addition, also under autocast. The second is bitwise identical to `layer_norm` of the first.
 
     Raises:
-        ValueError: residual and branch differ in shape, weight or bias is not as wide, C is too large, or a tensor is
-            of another dtype or device.
+        ValueError: residual and branch differ in shape, weight or bias is not as wide, C is too large, or a tensor has
+            another dtype or device.
     """
     if residual.shape != branch.shape:
         raise ValueError(f"residual and branch differ in shape: {tuple(residual.shape)} and {tuple(branch.shape)}")
     check("add_layer_norm", {"residual": residual, "branch": branch, "weight": weight, "bias": bias})
     _check_shapes(residual, weight, bias)
-    # The dtype that the matmul behind it reads, which autocast would cast to in a pass of its own.
+    # The dtype that the next matmul reads. Autocast would cast to it in a pass of its own.
     dtype = autocast_dtype(residual.device, torch.promote_types(residual.dtype, branch.dtype))
     return _add_layer_norm(residual, branch, weight, bias, dtype)
 
@@ -434,15 +426,15 @@ def forward_cost(
     weight_itemsize: int,
     branch_itemsize: int = 0,
 ) -> Cost:
-    """x, or residual and branch, weight and bias are read; y, mean, rstd, and with a branch the sum, are written.
+    """Reads x, or residual and branch, weight and bias; writes y, mean, rstd and, with a branch, the sum.
 
     Args:
         n_rows: rows.
         n_cols: C.
-        residual_itemsize: bytes of an element of x, or of the residual stream.
+        residual_itemsize: bytes per element of x, or of the residual stream.
         normed_itemsize: of y.
         weight_itemsize: of weight and of bias.
-        branch_itemsize: of branch; 0 is layer_norm, which has none.
+        branch_itemsize: of branch; 0 for layer_norm, which has none.
     """
     added = residual_itemsize + branch_itemsize if branch_itemsize else 0
     element = residual_itemsize + added + normed_itemsize
@@ -458,10 +450,10 @@ def backward_cost(
     weight_itemsize: int,
     branch_itemsize: int = 0,
 ) -> Cost:
-    """dy, r, mean, rstd, weight, and with a branch dresidual, are read; dx, dw, db, and dbranch where its dtype is not
-    that of dx, are written.
+    """Reads dy, r, mean, rstd, weight and, with a branch, dresidual; writes dx, dw, db and, if its dtype is not that of
+    dx, dbranch.
 
-    Args: as of `forward_cost`.
+    Args: as in `forward_cost`.
     """
     added = residual_itemsize if branch_itemsize else 0
     if branch_itemsize not in (0, residual_itemsize):

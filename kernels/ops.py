@@ -15,7 +15,7 @@ from kernels import eager, interpreter
 
 
 class Ops(NamedTuple):
-    """One function an op. Shapes: B batch, T sequence, C width, V vocabulary."""
+    """One function per op. Shapes: B batch, T sequence, C width, V vocabulary."""
 
     embedding: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     """(idx (B, T), token_weight (V, C), position_weight (block_size, C)) -> (B, T, C)"""
@@ -36,12 +36,12 @@ class Ops(NamedTuple):
 
     @property
     def block(self) -> Callable | None:
-        """A whole block in one call, to the bit what these ops make of it; None where there is no such function."""
+        """A function that runs a whole block in one call, bitwise identical to these ops; None if there is none."""
         return _BLOCKS.get((self.layer_norm, self.add_layer_norm, self.gelu, self.attention))
 
 
 _BLOCKS: dict[tuple[Callable, ...], Callable] = {}
-"""by (layer_norm, add_layer_norm, gelu, attention); filled by `triton_ops`, so that nothing else imports triton"""
+"""by (layer_norm, add_layer_norm, gelu, attention); `triton_ops` fills it, so that nothing else imports triton"""
 
 EAGER = Ops(*(getattr(eager, name) for name in Ops._fields))
 SDPA = EAGER._replace(attention=eager.sdpa_attention)
@@ -50,12 +50,12 @@ EAGER_SDPA = SDPA  # the same, by its older name
 
 @functools.cache
 def triton_ops(device_type: str) -> Ops:
-    """The hand-written kernels, compiled for a GPU ("cuda") or interpreted ("cpu"); one of the two in a process.
+    """The hand-written kernels, compiled for a GPU ("cuda") or interpreted ("cpu"). A process has one of the two.
 
     Raises:
         ImportError: triton is not installed.
-        ValueError: no kernel runs on such a device.
-        RuntimeError: this process has the kernels for the other device already.
+        ValueError: the kernels do not run on this type of device.
+        RuntimeError: this process already has the kernels for the other type of device.
     """
     interpreter.choose(device_type)
     from kernels import attention, block, cross_entropy, embedding, gelu, layer_norm
@@ -74,14 +74,14 @@ def triton_ops(device_type: str) -> Ops:
 
 
 def parse(spec: str, device_type: str) -> Ops:
-    """The table that a text describes.
+    """The table that a string describes.
 
     Args:
         spec: a backend (triton, eager or sdpa), then ops from another one, as in "triton,attention=sdpa".
-        device_type: what the triton ops will run on, "cuda" or "cpu"; see `triton_ops`.
+        device_type: where triton's ops will run, "cuda" or "cpu"; see `triton_ops`.
 
     Raises:
-        ValueError: an unknown backend or op. As `triton_ops`, where the text names triton.
+        ValueError: unknown backend or op. If the string names triton, also as in `triton_ops`.
     """
     tables: dict[str, Callable[[], Ops]] = {
         "triton": lambda: triton_ops(device_type),
@@ -98,5 +98,5 @@ def parse(spec: str, device_type: str) -> Ops:
             raise ValueError(
                 f"unknown op {op!r}; choose from {', '.join(Ops._fields)}, as in {base},{Ops._fields[0]}=eager"
             )
-    # Only now: to make the table of Triton's ops prepares the process for it.
+    # Last, because triton_ops prepares this process for triton.
     return tables[base]()._replace(**{op: getattr(tables[backend](), op) for op, backend in by_op.items()})

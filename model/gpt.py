@@ -1,11 +1,11 @@
 """GPT-2: the configuration, the presets, and the modules, with one forward pass for every backend.
 
-The residual stream travels as a pair (residual, branch): the addition that ends one half of a block is made together
-with the LayerNorm that opens the next, as one op.
+The residual stream is passed on as a pair (residual, branch), so that the addition at the end of one half of a block
+and the LayerNorm at the start of the next are one op.
 
-Hooks see what they would see in a plain GPT-2. Where a module has one, what is fused around it comes apart: it is
-called by itself, with its own input and output, and keeps its input for the backward pass whatever `set_recompute`
-says, because recomputation would not run the hook again.
+Hooks see the same as in a plain GPT-2. A module with a hook is not fused with others, but called by itself, with its
+own input and output. It also saves its input for backward regardless of `set_recompute`, because recomputation would
+not run the hook again.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from model.recompute import Linear, OpCall
 INIT_SEED = 42
 INIT_STD = 0.02
 MOST_LAYERS = 1024
-"""modules take time to build, however narrow they are; a file of a megabyte can name layers by the thousand"""
+"""Building modules takes time, however narrow they are, and a file of a megabyte can name thousands of layers."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class GPTConfig:
     """The shape of a network.
 
     Raises:
-        ValueError: a size is not positive, n_embd is no multiple of n_head, or there are more than MOST_LAYERS.
+        ValueError: a size is not positive, n_embd is not a multiple of n_head, or n_layer is above MOST_LAYERS.
     """
 
     block_size: int = 1024
@@ -52,7 +52,7 @@ class GPTConfig:
             raise ValueError(f"n_layer is {self.n_layer}; it must be at most {MOST_LAYERS}")
 
     def num_params(self) -> int:
-        """Number of parameters, the tied matrix counted once."""
+        """Number of parameters; the tied matrix counts once."""
         C = self.n_embd
         block = 12 * C * C + 13 * C  # four matrices; their biases (9C) and two LayerNorms (4C)
         return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
@@ -69,7 +69,7 @@ PRESETS = {
 
 
 class LayerNorm(nn.Module):
-    """Weight and bias of a LayerNorm of width C; the arithmetic is the backend's."""
+    """Weight and bias of a LayerNorm of width C. The backend computes it."""
 
     def __init__(self, width: int, ops: Ops):
         super().__init__()
@@ -82,15 +82,15 @@ class LayerNorm(nn.Module):
         return self.ops.layer_norm(x, self.weight, self.bias)
 
     def add(self, residual: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual, branch or None for zero), each (..., C) -> (their sum, its LayerNorm)"""
+        """(residual, branch or None), each (..., C) -> (their sum, its LayerNorm)"""
         if branch is not None and not hooked(self):
             return self.ops.add_layer_norm(residual, branch, self.weight, self.bias)
         residual = _sum(residual, branch)
         return residual, self(residual)
 
     def recompute_from(self, x: torch.Tensor, reader: nn.Module) -> OpCall | None:
-        """The call that returned the LayerNorm of x, for the `Linear` at the start of `reader`. None where a hook may
-        have changed the result in between."""
+        """The call that computes the LayerNorm of x, for the `Linear` at the start of `reader`. None if a hook in
+        between may change the result."""
         if hooked(self) or hooked_besides_fsdp(reader):
             return None
         return OpCall(self.ops.layer_norm, (x, self.weight, self.bias))
@@ -147,18 +147,18 @@ class Block(nn.Module):
         """Run the block.
 
         Args:
-            residual: (B, T, C), the stream, or what `branch` is still to be added to.
-            branch: (B, T, C), what the block before left to add; None for nothing.
-            as_pair: leave the last addition to whoever comes next.
+            residual: (B, T, C).
+            branch: (B, T, C), to be added to residual; None for nothing.
+            as_pair: leave the last addition to the caller.
 
         Returns:
-            (B, T, C), or with as_pair the (residual, branch) that add up to it.
+            (B, T, C), or with as_pair the (residual, branch) whose sum it is.
         """
         r, b = self._fused(residual, branch) or self._one_by_one(residual, branch)
         return (r, b) if as_pair else r + b
 
     def _fused(self, residual: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Both halves in one call, unless something has to see the modules or ops in it."""
+        """Both halves in one call. None if the modules or ops have to be called one by one."""
         if self.fused is None:
             return None
         attn, mlp = self.attn, self.mlp
@@ -179,7 +179,7 @@ class Block(nn.Module):
 
 
 _PARTS = (LayerNorm, CausalSelfAttention, Linear, nn.Linear, LayerNorm, MLP, Linear, Linear)
-"""types of a block's modules; where one has been replaced, it is called"""
+"""types of a block's modules; a replaced module has another one, and has to be called"""
 
 
 class Transformer(nn.ModuleDict):
@@ -197,14 +197,14 @@ class GPT(nn.Module):
     Args:
         config: the shape.
         ops: the backend.
-        init: draw the initial weights; False leaves them unset, for a caller that loads them all.
+        init: draw the initial weights. False leaves them uninitialised, for a caller that loads them all.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops = EAGER, init: bool = True):
         super().__init__()
         self.config = config
         self.ops = ops
-        # On meta first: torch's own initialisation would be thrown away, and would move the global random state.
+        # On meta, since torch's own initialisation would be wasted, and would advance the global random state.
         with torch.device("meta"):
             self.transformer = Transformer(
                 {
@@ -230,8 +230,8 @@ class GPT(nn.Module):
         return getattr(self.lm_head, "weight", None) is self.transformer.wte.weight
 
     def _apply(self, *args: Any, **kwargs: Any) -> "GPT":
-        # What `to`, `to_empty`, `double` and their like call. A parameter that it cannot change in place, as on the way
-        # to another kind of device, it makes anew for each module that has it.
+        # Called by `to`, `to_empty`, `double` and the like. Where it cannot change a parameter in place, as for another
+        # type of device, it creates a new one for each module that has it.
         tied = self._tied
         super()._apply(*args, **kwargs)
         if tied:
@@ -240,10 +240,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw the weights of SPEC section 1: one CPU generator, seed 42, in the order of `nn.Module.apply`.
+        """Draw the initial weights of GPT-2: one CPU generator, seed 42, in the order of `nn.Module.apply`.
 
-        The projections into the residual stream are narrower by √(2·n_layer), one for each addition to it (GPT-2,
-        section 2.3).
+        The projections into the residual stream have a standard deviation divided by √(2·n_layer), the root of the
+        number of additions to it (Radford et al. 2019, section 2.3).
         """
         generator = torch.Generator().manual_seed(INIT_SEED)
         residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
@@ -262,10 +262,9 @@ class GPT(nn.Module):
         self.apply(draw)
 
     def set_recompute(self, level: int) -> None:
-        """Keep less for the backward pass and make it again there: 0 nothing, 1 GELUs, 2 LayerNorms too.
+        """Choose what backward recomputes instead of saving it: 0 nothing, 1 GELUs, 2 also LayerNorms.
 
-        Of the 16·C elements a token that a layer keeps, 12·C are left at 1 and 10·C at 2; more where modules
-        have hooks.
+        Saved activations fall from 16·C to 12·C or 10·C elements per token and layer; less so if modules have hooks.
         """
         for block in self.transformer.h:
             block.mlp.recompute_gelu = level >= 1
@@ -278,12 +277,12 @@ class GPT(nn.Module):
 
         Args:
             idx: (B, T) int64 token ids, T <= block_size.
-            targets: (B, T) int64, the ids to predict; −1 is not counted. None when only predictions are wanted.
-            return_logits: False when nobody reads the logits, so that no backend pays for them.
+            targets: (B, T) int64, the ids to predict; −1 is ignored. None for predictions only.
+            return_logits: False if the logits are not needed, so that no backend spends time or memory on them.
 
         Returns:
             (logits, loss). With targets: logits (B, T, V) and the mean loss in nats, (). Without: logits of the last
-            position only, (B, 1, V), and None. Logits are None where return_logits is False.
+            position only, (B, 1, V), and None. Logits are None if return_logits is False.
 
         Raises:
             ValueError: T is larger than block_size.
@@ -317,10 +316,10 @@ class GPT(nn.Module):
         """Continue sequences by multinomial sampling from torch's global random state.
 
         Args:
-            idx: (B, T) int64 token ids to start from; what is older than block_size is cropped from the context.
-            max_new_tokens: how many to add.
+            idx: (B, T) int64 token ids to start from. The context is cropped to the last block_size of them.
+            max_new_tokens: number of tokens to add.
             temperature: > 0; logits are divided by it.
-            top_k: sample among the k likeliest ids only; None for all.
+            top_k: sample only among the k most likely ids; None for all.
 
         Returns:
             (B, T + max_new_tokens) int64; every new id is below vocab_size.
@@ -344,7 +343,7 @@ class GPT(nn.Module):
 
 
 def _call(module: nn.Module, x: torch.Tensor, recompute_from: OpCall | None) -> torch.Tensor:
-    """Call a module. Its hooks see x alone, as in a plain GPT-2, unless there is something to recompute from."""
+    """Call a module. Without recompute_from its hooks see x alone, as in a plain GPT-2."""
     return module(x) if recompute_from is None else module(x, recompute_from)
 
 
@@ -357,8 +356,8 @@ def _before_loading(gpt: GPT, *_: Any) -> None:
 
 
 def _after_loading(gpt: GPT, keys: Any) -> None:
-    """Tie the head again: load_state_dict(assign=True) gives each name a parameter of its own. Where the two differ,
-    lm_head.weight counts, as without assign, which copies it over the other."""
+    """Tie the head again: load_state_dict(assign=True) sets one parameter per name. If the two differ, lm_head.weight
+    wins, as without assign, where it is copied last."""
     if gpt._was_tied and not gpt._tied:
         wte = gpt.transformer.wte
         if not any(key.endswith("lm_head.weight") for key in keys.missing_keys):

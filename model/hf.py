@@ -1,6 +1,6 @@
-"""Hugging Face: pretrained weights in, `python -m model.hf export RUN FOLDER` out.
+"""Hugging Face: import of pretrained weights, export with `python -m model.hf export RUN FOLDER`.
 
-transformers' GPT-2 has the names of ours, but keeps the weights of its four projections transposed (its Conv1D
+transformers' GPT-2 has the same names as ours, but stores the weights of its four projections transposed (its Conv1D
 multiplies from the left).
 """
 
@@ -35,16 +35,16 @@ from model.gpt import GPT, GPTConfig
 from model.stored import StoredTensor, safetensors, torch_tensors
 from readers import integer, mapped, open_regular, read_json, refuse_beyond_memory, text
 
-if TYPE_CHECKING:  # transformers takes seconds to import, and only those who call it pay
+if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import GPT2LMHeadModel
 
 GPT2_VOCAB_SIZE, END_OF_TEXT = 50257, 50256
 HUB_TIMEOUT_S = 10
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older checkpoints carry
+_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks in older checkpoints
 
-# What our network is, in the fields of transformers' GPT2Config; another value would be another network.
+# Fields of transformers' GPT2Config with the values of our network; others would be another network.
 _FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -54,7 +54,7 @@ _FIXED = {
     "tie_word_embeddings": (True,),
 }
 
-# Other names that transformers takes for the sizes.
+# Other names of the sizes in transformers.
 _ALIASES = {
     "max_position_embeddings": "n_positions",
     "hidden_size": "n_embd",
@@ -64,7 +64,7 @@ _ALIASES = {
 _SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd", *_ALIASES)
 _CONFIG_FIELDS = {"model_type": text(r"[\w.-]{1,80}")} | {f"{size}?": integer(1, 2**31 - 1) for size in _SIZES}
 
-# Where weights may be, the first that is there; an index names the files that the tensors are in.
+# Weight files; the first that exists is used. An index names the files that hold the tensors.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _INDEX_FIELDS = {"weight_map": mapped(text(r"\w[\w.-]*\.(safetensors|bin)"))}
 
@@ -72,16 +72,16 @@ _INDEX_FIELDS = {"weight_map": mapped(text(r"\w[\w.-]*\.(safetensors|bin)"))}
 def from_pretrained(name_or_folder: str, ops: Ops = EAGER) -> GPT:
     """A network with pretrained weights, in fp32 on the CPU.
 
-    The files are read here, without transformers, which would call code that comes with a model, or fetch some that
-    its configuration names. Names and shapes are compared before a tensor is read or the network is built.
+    Reads the files without transformers, which could run code that comes with a model, or download code that its
+    configuration names. Names and shapes are checked before a tensor is read or the network is built.
 
     Args:
         name_or_folder: gpt2, gpt2-medium, gpt2-large, gpt2-xl, another name on the hub, or a local folder that
-            `save_pretrained` wrote. Its links are followed only as far as those of the hub's cache lead.
+            `save_pretrained` wrote. Links in it are followed only if they are like those of the hub's cache.
         ops: the backend.
 
     Raises:
-        BadInput: it cannot be had, is no GPT-2 like ours, or a tensor is missing, unexpected or of another shape.
+        BadInput: it cannot be loaded, is not a GPT-2 like ours, or a tensor is missing, unexpected or of another shape.
     """
     folder = Path(name_or_folder) if os.path.isdir(name_or_folder) else _download(name_or_folder)
     try:
@@ -114,7 +114,7 @@ def from_pretrained(name_or_folder: str, ops: Ops = EAGER) -> GPT:
 def to_hf(gpt: GPT) -> GPT2LMHeadModel:
     """A copy of the network as transformers' GPT2LMHeadModel, in fp32 on the CPU, in eval mode.
 
-    The ids of begin and end of text are 50256 where the vocabulary has GPT-2's size, and None otherwise.
+    The ids of begin and end of text are 50256 if the vocabulary has GPT-2's size, otherwise None.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -134,27 +134,27 @@ def to_hf(gpt: GPT) -> GPT2LMHeadModel:
     )
     state = {}
     for name, tensor in gpt.state_dict().items():
-        if name != "lm_head.weight":  # tied there as well
+        if name != "lm_head.weight":  # tied in transformers too
             tensor = _transposed(name, tensor.to("cpu", torch.float32))
             state[name] = tensor.clone(memory_format=torch.contiguous_format)
-    # Not GPT2LMHeadModel(config), which would draw initial weights from torch's global random state.
+    # Not GPT2LMHeadModel(config), which would draw initial weights and advance torch's global random state.
     with _quiet():
         return GPT2LMHeadModel.from_pretrained(None, config=their_config, state_dict=state).eval()
 
 
 def export(run: str | Path, folder: str | Path, vocabulary_files: tuple[Path, Path]) -> bool:
-    """Write a folder that GPT2LMHeadModel.from_pretrained and AutoTokenizer.from_pretrained take as it is.
+    """Write a folder that GPT2LMHeadModel.from_pretrained and AutoTokenizer.from_pretrained can load.
 
     Args:
         run: a run directory, or a model file of llm.c.
-        folder: a place where nothing is, or an empty folder. Its files appear together once all are complete.
+        folder: a new or empty folder. Its files appear together once all are complete.
         vocabulary_files: GPT-2's encoder.json and vocab.bpe.
 
     Returns:
-        True where the tokenizer is in it: the vocabulary of the network has GPT-2's size.
+        Whether a tokenizer was written: only if the vocabulary of the network has GPT-2's size.
 
     Raises:
-        BadInput: the weights cannot be read, or the folder holds something or cannot be written.
+        BadInput: the weights cannot be read, or the folder is not empty or cannot be written.
     """
     from safetensors import SafetensorError
     from transformers import GPT2TokenizerFast  # type: ignore[attr-defined]  # made at run time
@@ -166,34 +166,34 @@ def export(run: str | Path, folder: str | Path, vocabulary_files: tuple[Path, Pa
         with atomic_folder(folder, "FOLDER") as part, write_errors(folder), _quiet():
             to_hf(gpt).save_pretrained(part)
             if speaks_gpt2:
-                # transformers reads the two files under its own names for them.
+                # transformers has other names for the two files.
                 for file, name in zip(vocabulary_files, ("vocab.json", "merges.txt"), strict=True):
                     shutil.copyfile(file, part / name)
                 tokenizer = GPT2TokenizerFast.from_pretrained(part, model_max_length=gpt.config.block_size)
                 tokenizer.save_pretrained(part)
-    except SafetensorError as error:  # how it reports a full disk
+    except SafetensorError as error:  # for example when the disk is full
         raise BadInput(f"cannot write {folder}: {error}; free some space or choose another place") from error
     return speaks_gpt2
 
 
 def _transposed(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """From their layout to ours, or from ours to theirs."""
+    """From their layout to ours, or back."""
     return tensor.t() if name.endswith(_TRANSPOSED) else tensor
 
 
 def _download(name: str) -> Path:
-    """The folder in the hub's cache with a model's configuration and weights, fetched where the hub answers."""
+    """The folder in the hub's cache with a model's configuration and weights, downloaded if the hub can be reached."""
     import huggingface_hub
 
     source = name if "/" in name else f"openai-community/{name}"
     why_not, files = None, set()
     try:
-        # The hub's client retries for half a minute where the hub is out of reach; one question first, and the cache
-        # is all that is left to try.
+        # The hub's client retries for half a minute if the hub cannot be reached. So try one request first; if it
+        # fails, only the cache is left.
         files = {file.rfilename for file in huggingface_hub.model_info(source, timeout=HUB_TIMEOUT_S).siblings or ()}
     except huggingface_hub.errors.RepositoryNotFoundError:
         why_not = "it has no model of that name, or not for you"
-    except Exception as error:  # whatever the HTTP client of the day raises
+    except Exception as error:  # depends on the HTTP client
         why_not = _first_line(error)
     weights = next((file for file in _WEIGHTS if file in files), _WEIGHTS[0])
     shards = ["model-*.safetensors", "pytorch_model-*.bin"] if weights.endswith(".json") else []
@@ -219,14 +219,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _file(folder: Path, name: str) -> Path:
-    """A file in a folder. In the hub's cache it is a link into `blobs` beside `snapshots`, and what it leads to."""
+    """Path of a file in a folder. In the hub's cache it is a link from `snapshots` into `blobs`, which is resolved."""
     path = folder / name
     target, snapshots = Path(os.path.realpath(path)), Path(os.path.realpath(folder)).parent
     return target if snapshots.name == "snapshots" and target.parent == snapshots.parent / "blobs" else path
 
 
 def _stored_tensors(folder: Path, opened: contextlib.ExitStack) -> dict[str, StoredTensor]:
-    """What the weight files of a folder hold, with their files `opened`, under the names that they have there."""
+    """Tensors in the weight files of a folder, by their names there. The files stay open in `opened`."""
     weights = next((name for name in _WEIGHTS if os.path.lexists(folder / name)), None)
     if weights is None:
         raise ValueError(f"there is none of {', '.join(_WEIGHTS)}")
@@ -257,12 +257,12 @@ def _stored_tensors(folder: Path, opened: contextlib.ExitStack) -> dict[str, Sto
 
 
 def _our_tensors(stored: dict[str, StoredTensor], config: GPTConfig, name: str) -> dict[str, StoredTensor]:
-    """The tensors of a network like ours under our names, with theirs of `lm_head` where they have one.
+    """The tensors under our names, including `lm_head` if there is one.
 
     Raises:
-        BadInput: there are others, or of other shapes.
+        BadInput: tensors are missing, unexpected or of other shapes.
     """
-    # Older files, and those of the network without its head, leave the prefix out.
+    # Older files, and those of the network without its head, have no prefix.
     tensors = {
         key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}": tensor
         for key, tensor in stored.items()
@@ -317,7 +317,7 @@ def _our_config(given: dict[str, Any], name: str) -> GPTConfig:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' warnings and progress bars off the screen; what matters of them is raised by name."""
+    """Suppress transformers' warnings and progress bars. We check what matters, and raise."""
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
@@ -339,9 +339,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module."""
+    """The command line; see the module's docstring."""
     lenient_streams()
-    from data.tokenizer import vocabulary_files  # only here: the rest of model/ knows nothing of data/
+    from data.tokenizer import vocabulary_files  # only the command line needs data/
 
     parser = _Parser(prog="model.hf", description="Write a run's weights for transformers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,6 +1,6 @@
-"""Whether a module has hooks: what is fused around a module, or recomputed, would pass them by.
+"""Whether a module has hooks. Fused and recomputed modules would skip them.
 
-It is the test by which `nn.Module.__call__` takes the short way to `forward`; torch has no public name for it.
+The test is the one by which `nn.Module.__call__` calls `forward` directly; torch has no public name for it.
 """
 
 from collections.abc import Iterable
@@ -10,19 +10,19 @@ from torch.nn.modules import module as of_all
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module runs a hook, of its own or of all modules."""
+    """Whether calling the module runs a hook, its own or a global one."""
     return any_hooked((module,))
 
 
 def any_hooked(modules: Iterable[nn.Module]) -> bool:
-    """`hooked` of any of them; the hooks of all modules are looked at once."""
+    """Whether any of the modules is `hooked`. Checks the global hooks once."""
     return _all_are_hooked() or any(
         m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks for m in modules
     )
 
 
 def hooked_besides_fsdp(module: nn.Module) -> bool:
-    """Whether it runs one other than those by which FSDP2 gathers and frees weights, which change no activation."""
+    """Like `hooked`, but without the hooks of FSDP2, which gather and free weights and change no activation."""
     if not hooked(module):
         return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())

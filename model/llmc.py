@@ -1,8 +1,8 @@
 """The .bin files of llm.c: model, debug state and tokenizer, written and read.
 
-Every file starts with 256 little-endian int32: magic number, version, sizes, zeros. A tensor file pads the vocabulary
-to Vp, the next multiple of 128, with rows of zeros, and holds its tensors in one order: wte, wpe, then for each kind of
-a block's tensors all layers, then ln_f.
+Every file starts with 256 little-endian int32: magic number, version, sizes, zeros. In tensor files the vocabulary is
+padded to Vp, the next multiple of 128, with rows of zeros. Their order: wte, wpe, then each kind of a block's tensors
+for all layers, then ln_f.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ STATE_VERSION, TOKENIZER_VERSION = 2, 2
 HEADER_BYTES = 256 * 4
 VOCAB_MULTIPLE = 128
 TOKENIZER_LIMIT = 64 << 20
-"""bytes; GPT-2's has 0.4 MB"""
+"""bytes; GPT-2's file has 0.4 MB"""
 
 RUN_WEIGHTS = "model.bin"
-"""name of the final weights in a run directory"""
+"""file name of the final weights in a run directory"""
 
 _SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 _WTE = "transformer.wte.weight"
@@ -62,10 +62,10 @@ class DebugState(NamedTuple):
 
 
 def size_name(model: str) -> str:
-    """The {size} in a file's name, for what `--model` says.
+    """The {size} in the names of exported files, for a value of `--model`.
 
-    124M for gpt2 and so on; a preset is its own name; `gpt2_{size}.bin` and `gpt2_{size}_bf16.bin` give {size} back;
-    the model.bin of a run directory, or the directory itself, gives the directory's name.
+    124M for gpt2 and so on; the name itself for a preset; {size} for `gpt2_{size}.bin` and `gpt2_{size}_bf16.bin`; the
+    directory's name for a run directory or its model.bin.
     """
     pretrained = _SIZES.get(model.removeprefix("openai-community/"))
     if pretrained:
@@ -84,7 +84,7 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 def tensor_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The parameters in the order of the files, each with its shape; the tied matrix stands once, as wte, unpadded."""
+    """Names and shapes of the parameters in the order of the files. The tied matrix comes once, as wte, unpadded."""
     C = config.n_embd
     shapes: dict[str, tuple[int, ...]] = {
         _WTE: (config.vocab_size, C),
@@ -102,7 +102,7 @@ def write_model(
     """Write weights.
 
     Args:
-        path: where.
+        path: the file.
         gpt: the network, or its (config, state_dict); on any device, in any floating-point dtype.
         dtype: torch.float32, or torch.bfloat16 (rounded to nearest even).
 
@@ -120,10 +120,10 @@ def read_model(path: str | Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
     """Read weights in either precision.
 
     Returns:
-        (config, fp32 tensors by parameter name, lm_head.weight among them).
+        (config, fp32 tensors by parameter name, including lm_head.weight).
 
     Raises:
-        BadInput: the file is not there, is no model file, or is not whole.
+        BadInput: the file does not exist, is not a model file, or is not intact.
     """
     return _read_model(path, follow=True)
 
@@ -142,7 +142,7 @@ def _read_model(path: str | Path, follow: bool) -> tuple[GPTConfig, dict[str, to
                 f"{padded_vocab_size(config.vocab_size)}; export the file again"
             )
         _check_size(path, file, HEADER_BYTES + dtype.itemsize * _n_elements(config))
-        _check_memory(path, 2 * 4 * config.num_params())  # these tensors, and the network that is made of them
+        _check_memory(path, 2 * 4 * config.num_params())  # these tensors, and the network that they are copied to
         state = dict(_read_tensors(file, config, dtype))
     state["lm_head.weight"] = state[_WTE]
     return config, state
@@ -152,7 +152,7 @@ def load_model(path: str | Path, ops: Ops = EAGER) -> GPT:
     """Build a network, in fp32 on the CPU, from a model file or from the final weights of a run directory.
 
     Raises:
-        BadInput: as `read_model`.
+        BadInput: as in `read_model`.
     """
     path = Path(path)
     is_run = os.path.isdir(path)
@@ -166,13 +166,10 @@ def debug_state(gpt: GPT, x: torch.Tensor, y: torch.Tensor, device: torch.device
     """One forward and backward of the eager backend in fp32, on a copy of the network.
 
     Args:
-        gpt: the network; neither it, its gradients nor any random state is touched.
+        gpt: the network. It, its gradients and all random states are left unchanged.
         x: (B, T) int64 inputs.
         y: (B, T) int64 targets.
-        device: where the copy computes.
-
-    Returns:
-        All of it, on that device.
+        device: device of the copy and of the results.
     """
     copy = GPT(gpt.config, EAGER, init=False)
     copy.load_state_dict(gpt.state_dict())
@@ -186,7 +183,7 @@ def debug_state(gpt: GPT, x: torch.Tensor, y: torch.Tensor, device: torch.device
 
 
 def write_debug_state(path: str | Path, config: GPTConfig, state: DebugState) -> None:
-    """Write what a forward and backward gave.
+    """Write a debug state.
 
     Raises:
         BadInput: the file cannot be written.
@@ -196,16 +193,16 @@ def write_debug_state(path: str | Path, config: GPTConfig, state: DebugState) ->
         _write_header(file, STATE_MAGIC, STATE_VERSION, B, T)
         for ids in (state.x, state.y):
             file.write(_to_bytes(ids, torch.int32))
-        for values in (*state.logits, state.loss):  # a sequence at a time: the logits are the largest tensor of all
+        for values in (*state.logits, state.loss):  # sequence by sequence, since the logits are the largest tensor
             file.write(_to_bytes(values, torch.float32))
         _write_tensors(file, config, state.grads, torch.float32)
 
 
 def read_debug_state(path: str | Path, config: GPTConfig) -> DebugState:
-    """Read what `write_debug_state` wrote of a network of this shape.
+    """Read a debug state of a network of this shape.
 
     Raises:
-        BadInput: the file is not there, is no debug state, or not a whole one of this network.
+        BadInput: the file does not exist, is not a debug state of this network, or is not intact.
     """
     with _open(path, "a debug state") as file:
         header = _read_header(path, file, STATE_MAGIC, (STATE_VERSION,), "a debug state")
@@ -224,13 +221,13 @@ def write_tokenizer(path: str | Path, tokens: list[bytes], end_of_text: int) -> 
     """Write the bytes of every token.
 
     Args:
-        path: where.
+        path: the file.
         tokens: by id, each of 1 to 255 bytes.
         end_of_text: id of the end-of-text token.
 
     Raises:
         BadInput: the file cannot be written.
-        ValueError: a token's length does not fit into a byte, or end_of_text is no token.
+        ValueError: a token's length does not fit into a byte, or end_of_text is not an id of a token.
     """
     for token, content in enumerate(tokens):
         if not 1 <= len(content) <= 255:
@@ -246,7 +243,7 @@ def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
     """Read the bytes of every token, by id, and the id of end-of-text.
 
     Raises:
-        BadInput: the file is not there, is no tokenizer, or is not whole.
+        BadInput: the file does not exist, is not a tokenizer, or is not intact.
     """
     with _open(path, "a tokenizer") as file:
         header = _read_header(path, file, TOKENIZER_MAGIC, (TOKENIZER_VERSION,), "a tokenizer")
@@ -278,8 +275,8 @@ def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
 
 @contextlib.contextmanager
 def _exact_matmuls() -> Iterator[None]:
-    """fp32 matrix products without TF32, whatever the run has chosen for itself."""
-    # Not torch.get_float32_matmul_precision, which raises once the newer setters were used.
+    """fp32 matmuls without TF32, regardless of the settings of the run."""
+    # Not torch.get_float32_matmul_precision, which raises after one of the newer setters.
     settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # it has one
     precisions = [setting.fp32_precision for setting in settings]
     for setting in settings:
@@ -298,7 +295,7 @@ def _write_header(file: BinaryIO, *values: int) -> None:
 
 
 def _write_tensors(file: BinaryIO, config: GPTConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """One tensor after the other, so that no second copy of the network is in memory."""
+    """Writes tensor by tensor, so that no second copy of the network is in memory."""
     for name in tensor_shapes(config):
         file.write(_to_bytes(tensors[name], dtype))
         if name == _WTE:
@@ -349,12 +346,12 @@ def _check_memory(path: str | Path, n_bytes: int) -> None:
 
 
 def _n_padding(config: GPTConfig) -> int:
-    """Elements of the rows of zeros that follow wte."""
+    """Elements in the rows of zeros after wte."""
     return (padded_vocab_size(config.vocab_size) - config.vocab_size) * config.n_embd
 
 
 def _n_elements(config: GPTConfig) -> int:
-    """Elements of all tensors in a file, padding included."""
+    """Elements of all tensors in a file, including padding."""
     return config.num_params() + _n_padding(config)
 
 

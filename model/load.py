@@ -1,4 +1,4 @@
-"""From what `--model` may name to a network."""
+"""Load a network by a name or path, as in `--model`."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def load(model: str, ops: Ops = EAGER) -> GPT:
         ops: the backend.
 
     Raises:
-        BadInput: there is no such thing, or it cannot be used.
+        BadInput: it does not exist, or cannot be used.
     """
     if model in PRESETS:
         return GPT(PRESETS[model], ops)

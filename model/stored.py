@@ -1,8 +1,7 @@
-"""Tensors in the files of others: safetensors, and what torch.save wrote.
+"""Tensors in files from others: safetensors, and files of torch.save.
 
-Names, shapes and dtypes come from the files' headers, before any tensor is read. torch.load is not called, not even
-with `weights_only`: it trusts the sizes in the pickle, decompresses what is compressed, and makes objects that are
-larger than the file.
+Names, shapes and dtypes are read from the files' headers, before any tensor. torch.load is not used, not even with
+`weights_only`: it trusts the sizes in the pickle, decompresses, and creates objects that are larger than the file.
 """
 
 import collections
@@ -22,12 +21,12 @@ from readers import JSON_LIMIT, integer, listed, one_of, parse_json, require
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file, whose bytes are read when they are asked for."""
+    """A tensor in a file. Its bytes are read by calling `read`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
-    """raises ValueError where the file has not what it promised"""
+    """raises ValueError if the file does not have the bytes that its header claims"""
 
     @property
     def nbytes(self) -> int:
@@ -35,11 +34,11 @@ class StoredTensor(NamedTuple):
 
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What masks may have, which nobody reads.
+# Dtypes of masks, which are not used.
 _SAFETENSORS_DTYPES |= {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 
 _MAGIC = 0x1950A86A20F9469CFC6C
-"""what torch.save begins with where it writes no zip file"""
+"""start of a file of torch.save that is not a zip file"""
 
 _STORAGES = {
     "torch.DoubleStorage": torch.float64,
@@ -64,7 +63,7 @@ def safetensors(file: BinaryIO) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file (https://github.com/huggingface/safetensors), by name.
 
     Raises:
-        ValueError: the header is none, or its tensors are not side by side from the first byte to the last.
+        ValueError: the header is malformed, or its tensors do not fill the file without gaps or overlaps.
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
@@ -99,23 +98,23 @@ def _from_file(file: BinaryIO, start: int, dtype: torch.dtype, shape: tuple[int,
 
 
 def torch_tensors(file: BinaryIO) -> Any:
-    """The tensors in what `torch.save` wrote: a StoredTensor for a tensor, a dict of them for a state_dict.
+    """Read a file of `torch.save`, with a StoredTensor in place of every tensor: a dict of them for a state_dict.
 
-    There are two formats: a zip file, and pickles in a row, from before torch 1.6.
+    There are two formats: a zip file, and a sequence of pickles, from before torch 1.6.
 
     Raises:
-        ValueError: it is something else, or not whole.
+        ValueError: it is something else, or not intact.
     """
     try:
         return _Zipped(file).load() if zipfile.is_zipfile(file) else _InARow(file).load()
     except ValueError:
         raise
-    except Exception as error:  # zip files and pickles that are broken raise all sorts
+    except Exception as error:  # broken zip files and pickles raise all kinds
         raise ValueError(f"it is nothing that torch.save wrote: {error or type(error).__name__}") from error
 
 
 class _Saved:
-    """What the two formats have in common: a pickle in which tensors name storages, which are somewhere else."""
+    """Common part of the two formats: a pickle in which tensors refer to storages elsewhere in the file."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -188,7 +187,7 @@ class _Zipped(_Saved):
 
 
 class _InARow(_Saved):
-    """Magic number, version, sizes of C types, tensors, keys; then the storage of each key, after its length."""
+    """Magic number, version, sizes of C types, tensors, keys; then the length and content of each key's storage."""
 
     def load(self) -> Any:
         self.file.seek(0)
@@ -213,18 +212,18 @@ class _InARow(_Saved):
 
 
 def unpickle(file: BinaryIO, classes: Mapping[str, Any], persistent_load: Callable[[Any], Any] | None = None) -> Any:
-    """Read one pickle. Nothing is called that is not in a table.
+    """Read one pickle. It can call nothing but what is in a table.
 
-    A pickle may also set attributes of what it names, so what the table holds is made for this one call, or cannot be
-    changed. None of it may copy its arguments, or a small pickle could ask for much memory.
+    A pickle may also set attributes of these objects, so they have to be immutable or created for this call. None may
+    copy its arguments: a small pickle could then use much memory.
 
     Args:
-        file: where the pickle begins.
-        classes: what stands for a name in the pickle, by "module.name".
-        persistent_load: what stands for a reference to something outside the pickle; None where there is none.
+        file: positioned at the start of the pickle.
+        classes: objects by their "module.name" in the pickle.
+        persistent_load: returns the object for a reference to something outside the pickle; None to refuse these.
 
     Raises:
-        ValueError: it is no whole pickle, or names something else.
+        ValueError: the pickle is not intact, or names something else.
     """
     start = file.tell()
 
@@ -241,12 +240,12 @@ def unpickle(file: BinaryIO, classes: Mapping[str, Any], persistent_load: Callab
 
     try:
         for count, (opcode, value, _) in enumerate(pickletools.genops(file)):
-            # pickle sets aside memory for all indices below the one that is used.
+            # pickle would allocate memory for all smaller indices.
             if opcode.name.endswith("PUT") and (value or 0) > count:
                 raise ValueError("its pickle leaves out indices")
         file.seek(start)
         return Unpickler(file).load()
     except ValueError:
         raise
-    except Exception as error:  # a broken pickle raises all sorts
+    except Exception as error:  # broken pickles raise all kinds
         raise ValueError(f"it is no pickle that can be read: {error or type(error).__name__}") from error

@@ -1,5 +1,5 @@
 """Causal attention, packed and separate: lengths that no block divides, strides of all sorts, scores far out, the
-blocks of every chip, nothing seen of the future, and in the end the same bits."""
+blocks of every chip, nothing seen of the future, and bitwise identical results in the end."""
 
 from unittest import mock
 
@@ -342,7 +342,7 @@ def test_under_autocast(dtype):
 
 
 def test_gradcheck():
-    """In float64, over more than a block; it also runs backward twice, and wants the same bits."""
+    """In float64, over more than a block; it also runs backward twice, and wants bitwise identical results."""
     q, k, v = (normal(1, 1, 19, 3, dtype=torch.float64, seed=i).requires_grad_() for i in range(3))
     assert torch.autograd.gradcheck(causal_attention, (q, k, v), fast_mode=True)
     qkv = normal(1, 3, 12, dtype=torch.float64).requires_grad_()

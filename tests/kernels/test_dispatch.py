@@ -176,7 +176,7 @@ class Seen(TorchDispatchMode):
 
 @cases
 def test_a_dispatch_mode_and_a_tracer_see_the_op(name):
-    """And the eager way, which they cannot see, gives the same bits."""
+    """And the eager way, which they cannot see, is bitwise identical."""
     case = CASES[name]
     with Seen() as seen:
         by_op = case.ours(*case.inputs)

@@ -1,5 +1,5 @@
 """Token plus position embedding: ids that repeat, of any strides and out of range, positions beyond T, gradients of any
-strides, and in the end the same bits."""
+strides, and in the end bitwise identical results."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""GELU: no worse than eager everywhere that floats go, through any strides, in the same bits each time."""
+"""GELU: no worse than eager everywhere that floats go, through any strides, bitwise identical each time."""
 
 import pytest
 import torch

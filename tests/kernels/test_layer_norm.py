@@ -1,5 +1,5 @@
 """LayerNorm, alone and behind the addition: widths that are no power of two, a mean that is not 0, rows that are shared
-by programs, gradients of any strides or none, and in the end the same bits."""
+by programs, gradients of any strides or none, and in the end bitwise identical results."""
 
 import os
 import subprocess

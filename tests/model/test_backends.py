@@ -1,4 +1,4 @@
-"""The network on the triton backend: eager's numbers, the same bits each time, and one graph under torch.compile."""
+"""The network on the triton backend: the numbers of eager, bitwise identical runs, one graph under torch.compile."""
 
 import functools
 
@@ -119,10 +119,10 @@ def test_empty_batches(shape, level):
 
 
 @pytest.mark.parametrize(("recompute", "most"), [(0, 16.1), (1, 12.1), (2, 10.1)])
-def test_what_a_layer_keeps_for_the_backward_pass(recompute, most):
-    """Elements a token, counted as the difference that two more layers make."""
+def test_what_a_layer_saves_for_backward(recompute, most):
+    """Elements per token, counted as the difference that two more layers make."""
 
-    def kept(n_layer: int) -> float:
+    def saved(n_layer: int) -> float:
         config = GPTConfig(block_size=64, vocab_size=61, n_layer=n_layer, n_head=2, n_embd=256)
         gpt = network(config, TRITON)
         gpt.set_recompute(recompute)
@@ -141,7 +141,7 @@ def test_what_a_layer_keeps_for_the_backward_pass(recompute, most):
         del loss
         return sum(storages.values()) / x.numel()
 
-    assert (kept(3) - kept(1)) / 2 / 256 <= most
+    assert (saved(3) - saved(1)) / 2 / 256 <= most
 
 
 def test_parse():

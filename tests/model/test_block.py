@@ -1,4 +1,4 @@
-"""A block in one call: the bits of its ops called one by one, and only where nothing has to see them."""
+"""A block in one call: bitwise identical to its ops called one by one, and only where nothing has to see them."""
 
 from typing import Any
 

@@ -241,8 +241,8 @@ def one_rank():
     dist.destroy_process_group()
 
 
-def kept_elements(model: nn.Module) -> int:
-    """Elements of what goes along the batch and is kept for the backward pass."""
+def saved_elements(model: nn.Module) -> int:
+    """Elements of what goes along the batch and is saved for backward."""
     storages = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -258,12 +258,12 @@ def kept_elements(model: nn.Module) -> int:
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_recompute_below_the_hooks_of_fsdp(one_rank, zero_stage):
     """They are on attn and mlp, and turn nothing off; other hooks beside them do."""
-    by_itself = [kept_elements(network(EAGER, level)) for level in (0, 1, 2)]
+    by_itself = [saved_elements(network(EAGER, level)) for level in (0, 1, 2)]
     assert by_itself[0] > by_itself[1] > by_itself[2]
     for level in (0, 1, 2):
         gpt = network(EAGER, level)
         distributed.shard(gpt, zero_stage, "float32", compile=False)
-        assert kept_elements(gpt) == by_itself[level]
+        assert saved_elements(gpt) == by_itself[level]
         assert_same(results(gpt, return_logits=False), results(plain()), f"stage {zero_stage}, recompute {level}")
         assert gpt.lm_head.weight is gpt.transformer.wte.weight
         reference = plain()
