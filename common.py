@@ -54,7 +54,7 @@ def exit_on_bad_input(program: str) -> Iterator[None]:
         yield
     except BadInput as error:
         rank = f" [rank {os.environ['RANK']}]" if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1" else ""
-        tell(f"{program}{rank}: {' '.join(str(error).split())}", sys.stderr)
+        print_error(f"{program}{rank}: {' '.join(str(error).split())}")
         raise SystemExit(2) from None
 
 
@@ -79,7 +79,7 @@ def exit_on_signal(program: str) -> Iterator[None]:
             signal.signal(number, stop)
         yield
     except Stopped as stopped:
-        tell(f"{program}: {stopped}", sys.stderr)
+        print_error(f"{program}: {stopped}")
         raise SystemExit(128 + received[0]) from None
     finally:
         for number, old in handlers.items():
@@ -265,8 +265,19 @@ def exclusive(folder: Path, flag: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def tell(line: str, stream: TextIO | None = None) -> None:
-    """Print a line at once, to standard output unless told otherwise.
+def print0(line: str) -> None:
+    """Print a line on standard output, on rank 0 alone: of many ranks, torchrun's variables tell which this is."""
+    if os.environ.get("WORLD_SIZE") in (None, "", "1") or os.environ.get("RANK") == "0":
+        _print(line, sys.stdout)
+
+
+def print_error(line: str) -> None:
+    """Print a line on standard error, on every rank that has one."""
+    _print(line, sys.stderr)
+
+
+def _print(line: str, stream: TextIO) -> None:
+    """Print a line at once.
 
     Control characters are printed as escapes, so that a name that came with a file cannot steer the terminal. A reader
     that went away (`| head`) or a full disk under the screen is no reason to stop.

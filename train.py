@@ -21,8 +21,9 @@ from common import (
     exclusive,
     exit_on_bad_input,
     lenient_streams,
+    print0,
+    print_error,
     refuse_if_occupied,
-    tell,
     write_errors,
 )
 from data.loader import ShardLoader
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             distributed.stop(world)
             return status
         except RunStopped as stopped:
-            tell(f"train.py: {stopped}", sys.stderr)
+            print_error(f"train.py: {stopped}")
             return STOPPED
 
 
@@ -98,7 +99,7 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
         if output_dir:
             write_config(output_dir / RUN_CONFIG, config, facts | {"launch": world.launch})
             for name in checkpoint.tidy(output_dir, first_step):
-                tell(f"set aside {name}: its steps come again")
+                print0(f"set aside {name}: its steps come again")
             if config.write_tensors and not resumed:
                 write_tensors(output_dir, config, gpt, train_loader, world.device)
 
@@ -110,7 +111,7 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     guard = UpdateGuard(config.skip_loss_z, config.skip_norm_z)
     state = TrainState(gpt, params, optim.build(gpt, config), scaler, train_loader, guard, world.device)
     saves_to = None if config.inference_only else output_dir
-    checkpoints = Checkpoints(saves_to, world, facts, config.keep, config.keep_every, lambda line: say(world, line))
+    checkpoints = Checkpoints(saves_to, world, facts, config.keep, config.keep_every)
     if resumed:
         checkpoints.load(resumed, state)
     if config.checkpoint_every:
@@ -170,12 +171,12 @@ def train(
             watchdog.at(step, "validation")
             val_loss = validate(network, val_loader, autocast, config, world)
             log.validation(step, val_loss)
-            say(world, f"val loss {val_loss:.6f}")
+            print0(f"val loss {val_loss:.6f}")
         if is_due(config.sample_every, step, last_step):
             watchdog.at(step, "sample")
             with autocast:
                 text = sample(gpt, world.device)
-            say(world, f"sample: {text!r}")
+            print0(f"sample: {text!r}")
         if last_step:
             break
 
@@ -210,7 +211,7 @@ def train(
         if not config.inference_only:
             objection = state.guard.objection(where, loss, norm)
             if objection:
-                say(world, objection)
+                print0(objection)
             optim.update(optimizer, scaler, accepted=not objection)
         state.step = step + 1
         distributed.wait_for_device(world)
@@ -232,7 +233,7 @@ def train(
             "skipped": state.guard.skipped,
         }
         log.train(metrics)
-        say(world, step_line(metrics, config.num_iterations))
+        print0(step_line(metrics, config.num_iterations))
         if is_due(config.check_ranks_every, state.step, last_step=False):
             watchdog.at(step, "comparing the ranks")
             compare_ranks(world, state.step, state.params, {"the loader's position": train_loader.state_dict()})
@@ -244,14 +245,14 @@ def train(
         checkpoints.poll()
         if (interrupted or preempted) and state.step < config.num_iterations:
             signal_name = "Ctrl-C" if interrupted else "SIGTERM, SIGUSR1 or SIGHUP"
-            say(world, f"stopped by {signal_name} after step {step + 1} of {config.num_iterations}")
+            print0(f"stopped by {signal_name} after step {step + 1} of {config.num_iterations}")
             break
 
     if step_times:
         recent = step_times[1:][-20:] or step_times
         memory = peak_memory_mib(world.device)
         peak_memory = "" if memory is None else f" | peak memory {memory:,.0f} MiB"
-        say(world, f"mean of the last {len(recent)} steps {1e3 * average(recent):.1f} ms{peak_memory}")
+        print0(f"mean of the last {len(recent)} steps {1e3 * average(recent):.1f} ms{peak_memory}")
     return INTERRUPTED if state.step < config.num_iterations and not preempted else 0
 
 
@@ -333,7 +334,7 @@ def try_code_generation(config: Config, world: World, table: ops.Ops) -> None:
 def check_backend(config: Config, world: World, gpt: GPT, loader: ShardLoader) -> int:
     """Check the backend on the first batch of every rank; return the exit status, 1 where a rank found it off."""
     x, y = loader.next_batch()
-    right = check(gpt.to(world.device), x, y, getattr(torch, config.dtype), lambda line: say(world, line))
+    right = check(gpt.to(world.device), x, y, getattr(torch, config.dtype))
     return 0 if distributed.mean(torch.tensor(float(right), device=world.device), world) == 1 else 1
 
 
@@ -379,7 +380,7 @@ def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoad
     val_loader = loader(config.input_val_bin) if config.input_val_bin else None
     for repeated in (train_loader.repeated(), train_loader.repeated(val_loader) if val_loader else None):
         if repeated:
-            say(world, f"warning: {repeated}")
+            print0(f"warning: {repeated}")
     return config, train_loader, val_loader
 
 
@@ -439,10 +440,10 @@ def find_checkpoint(
         )
     folder = None
     if config.resume == "auto" or restarted:
-        folder = checkpoint.choose("auto", output_dir, world, lambda line: say(world, line))
+        folder = checkpoint.choose("auto", output_dir, world)
     if folder is None and config.resume != "auto":
         try:
-            folder = checkpoint.choose(config.resume, None, world, lambda line: say(world, line))
+            folder = checkpoint.choose(config.resume, None, world)
         except OSError as error:  # the path may not even be looked at
             raise BadInput(f"--resume {config.resume}: {error.strerror or error}; name a run directory") from error
     if folder is None:
@@ -462,7 +463,7 @@ def find_checkpoint(
     except BadInput as error:
         if not config.resume_override:
             raise
-        say(world, f"reading the data from the beginning: {error}")
+        print0(f"reading the data from the beginning: {error}")
     return folder
 
 
@@ -529,32 +530,32 @@ def write_weights(path: Path, state: TrainState, world: World) -> None:
 def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader, resumed: Path | None) -> None:
     """Say what is about to be trained, on what, with what."""
     decaying, others = (group["params"] for group in optim.parameter_groups(gpt, config.weight_decay))
-    tell(
+    print0(
         f"model {config.model}: {gpt.config.num_params():,} parameters | "
         f"{len(decaying)} tensors ({sum(p.numel() for p in decaying):,} parameters) decay, "
         f"{len(others)} ({sum(p.numel() for p in others):,}) do not"
     )
-    tell(f"data {config.input_bin}: {loader.total_tokens:,} tokens in {len(loader.files)} shards")
-    tell(
+    print0(f"data {config.input_bin}: {loader.total_tokens:,} tokens in {len(loader.files)} shards")
+    print0(
         f"batch: {config.batch_size} × {config.sequence_length} tokens × {world.size} ranks × "
         f"{config.grad_accum_steps(world.size)} micro-steps = {config.total_batch_size:,} tokens an update"
     )
-    tell(f"device {device_name(world)} | backend {config.backend} | dtype {config.dtype} | torch {torch.__version__}")
+    print0(f"device {device_name(world)} | backend {config.backend} | dtype {config.dtype} | torch {torch.__version__}")
     if resumed:
-        tell(f"resumed from {resumed}: {checkpoint.step_of(resumed)} of {config.num_iterations} steps are done")
+        print0(f"resumed from {resumed}: {checkpoint.step_of(resumed)} of {config.num_iterations} steps are done")
 
 
 def conclude(config: Config, world: World, output_dir: Path, resumable: bool) -> None:
     """Say where everything is, and what can be done with it, in lines for a shell."""
     with write_errors(output_dir):
         names = sorted(path.name for path in output_dir.iterdir())
-    tell(f"\nrun directory: {output_dir} ({', '.join(names)})")
+    print0(f"\nrun directory: {output_dir} ({', '.join(names)})")
     if resumable:
         launcher = "torchrun ..." if world.distributed else "python"
-        tell(f"resume: {launcher} train.py {config.command_line(output_dir=str(output_dir), resume='auto')}")
+        print0(f"resume: {launcher} train.py {config.command_line(output_dir=str(output_dir), resume='auto')}")
     if not config.inference_only:
-        tell(f"go on from these weights:    python train.py --model {shell_path(output_dir)}")
-        tell(f"take them to transformers:   python -m model.hf export {shell_path(output_dir)} FOLDER")
+        print0(f"go on from these weights:    python train.py --model {shell_path(output_dir)}")
+        print0(f"take them to transformers:   python -m model.hf export {shell_path(output_dir)} FOLDER")
 
 
 def step_line(metrics: dict[str, float | None], num_iterations: int) -> str:
@@ -566,12 +567,6 @@ def step_line(metrics: dict[str, float | None], num_iterations: int) -> str:
         f"step {metrics['step'] + 1:>{width}}/{num_iterations} | train loss {metrics['loss']:.6f}{norm}"
         f" | lr {metrics['lr']:.2e} | {metrics['ms']:.1f} ms | {metrics['tok_per_s']:,.0f} tok/s{mfu}"
     )
-
-
-def say(world: World, line: str) -> None:
-    """Print a line, once for all ranks."""
-    if world.is_main:
-        tell(line)
 
 
 def device_name(world: World) -> str:

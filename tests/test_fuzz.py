@@ -136,7 +136,7 @@ def generators_kept():
 def resume(folder: Path) -> TrainState:
     """Choose a checkpoint, and load it."""
     state = new_state()
-    chosen = checkpoint.choose(str(folder), None, WORLD, print)
+    chosen = checkpoint.choose(str(folder), None, WORLD)
     with generators_kept():
         Checkpoints(None, WORLD, {}).load(chosen, state)
     return state

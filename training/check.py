@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from common import print0
 from kernels.accuracy import Comparison, Errors, compare, judge, measure, outputs_and_gradients
 from kernels.ops import EAGER, Ops
 from model.gpt import GPT
@@ -24,15 +25,14 @@ _SLICE_BYTES = 2**28
 because they hold a (T, T) matrix per head, and all logits"""
 
 
-def check(gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, say: Callable[[str], None]) -> bool:
-    """Hold the backend of a network against eager, and say how far off everything is.
+def check(gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Hold the backend of a network against eager, and print how far off everything is.
 
     Args:
         gpt: the network with the backend under test, in fp32 on the device. It is left as it was.
         x: (B, T) int64 inputs.
         y: (B, T) int64 targets.
         dtype: fp32, or what autocast computes in.
-        say: takes the lines of the report.
 
     Returns:
         True where every op and every gradient is within its tolerance.
@@ -46,22 +46,22 @@ def check(gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, say: C
             off.append(f"{name} ({worst.name})" if worst.name else name)
         numbers = (worst.error, worst.tolerance, worst.eager_error)
         told = " ".join(f"{number:>10.2e}" for number in numbers)
-        say(f"{name:37} {worst.name:16} {told}{'' if worst.ok else '   OFF'}")
+        print0(f"{name:37} {worst.name:16} {told}{'' if worst.ok else '   OFF'}")
 
     head = f"{'':16} {'error':>10} {'tolerance':>10} {'eager':>10}"
-    say(f"{'op':37} {head}")
+    print0(f"{'op':37} {head}")
     # Without its cache, which would keep what each slice casts until the whole check is over.
     autocast = torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     _compare_ops(gpt, x, y, dtype, autocast, report)
     n_ops_off = len(off)
-    say(f"\n{'loss and gradients':37} {head}")
+    print0(f"\n{'loss and gradients':37} {head}")
     _compare_network(gpt, x, y, dtype, autocast, report)
     if n_ops_off:
-        say(f"\n{n_ops_off} calls of ops are off; the first: {off[0]}")
+        print0(f"\n{n_ops_off} calls of ops are off; the first: {off[0]}")
     elif off:
-        say(f"\nevery op is right by itself, and the network is off in {len(off)} places; the first: {off[0]}")
+        print0(f"\nevery op is right by itself, and the network is off in {len(off)} places; the first: {off[0]}")
     else:
-        say("\nevery op and every gradient is no worse than eager")
+        print0("\nevery op and every gradient is no worse than eager")
     return not off
 
 

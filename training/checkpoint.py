@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
-from common import BadInput, write_errors
+from common import BadInput, print0, write_errors
 from data.loader import ShardLoader
 from model.gpt import GPT
 from training import distributed, optim
@@ -128,7 +128,6 @@ class Checkpoints:
         facts: what is written beside the state: configuration, network, versions; see `compare`.
         keep: how many of the newest stay.
         keep_every: those of a step that is a multiple stay as well; 0 for none.
-        say: takes lines for the user.
     """
 
     def __init__(
@@ -138,10 +137,9 @@ class Checkpoints:
         facts: dict[str, Any],
         keep: int = 2,
         keep_every: int = 0,
-        say: Callable[[str], None] = print,
     ):
         self.folder = run_dir / FOLDER if run_dir else None
-        self.world, self.facts, self.say = world, facts, say
+        self.world, self.facts = world, facts
         self.keep, self.keep_every = keep, keep_every
         self._saving: tuple[int, Future] | None = None
         self.failed = False
@@ -195,7 +193,7 @@ class Checkpoints:
             (step, future), self._saving = self._saving, None
             error = future.exception()
             if error and self.world.is_main:
-                self.say(f"warning: the checkpoint of step {step} was not written: {_reason(error)}; {self.newest()}")
+                print0(f"warning: the checkpoint of step {step} was not written: {_reason(error)}; {self.newest()}")
                 with contextlib.suppress(OSError):
                     _remove(_part(self.folder / f"step_{step}"))
             self.failed = error is not None
@@ -258,7 +256,7 @@ class Checkpoints:
                 try:
                     _delete(folder)
                 except OSError as error:  # the newer one is on disk all the same
-                    self.say(f"warning: {folder} cannot be deleted: {error.strerror}")
+                    print0(f"warning: {folder} cannot be deleted: {error.strerror}")
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -348,14 +346,13 @@ def run_of(resume: str) -> Path | None:
     return path.parent.parent if path.parent.name == FOLDER else None
 
 
-def choose(resume: str, run_dir: Path | None, world: World, say: Callable[[str], None]) -> Path | None:
+def choose(resume: str, run_dir: Path | None, world: World) -> Path | None:
     """The checkpoint that `--resume` means, whole and held against its sums. Every rank takes part.
 
     Args:
         resume: "0"; "auto", the newest whole one in the run directory; or the path of a checkpoint or a run directory.
         run_dir: where "auto" looks.
         world: the ranks.
-        say: takes lines for the user: which checkpoints were refused.
 
     Returns:
         The checkpoint, or None to start from the beginning.
@@ -380,7 +377,7 @@ def choose(resume: str, run_dir: Path | None, world: World, say: Callable[[str],
             return folder
         if folder == path:
             raise BadInput(f"--resume {resume}: {wrong[0]}; name another checkpoint")
-        say(f"refused {folder.name}: {wrong[0]}; trying the one before")
+        print0(f"refused {folder.name}: {wrong[0]}; trying the one before")
     if resume != "auto":
         raise BadInput(f"--resume {resume}: none of its {len(candidates)} checkpoints is whole; name another")
     if candidates:

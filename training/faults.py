@@ -7,14 +7,13 @@ import json
 import math
 import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from common import tell
+from common import print_error
 from training import distributed
 from training.distributed import RunStopped, World
 
@@ -173,7 +172,7 @@ class Watchdog:
         except RuntimeError as error:
             if not _is_about_other_ranks(error):
                 raise
-            tell(self._explain(error), sys.stderr)
+            print_error(self._explain(error))
             self._ended = True
             with contextlib.suppress(RuntimeError):  # the store may be gone too
                 self._write()
@@ -193,7 +192,7 @@ class Watchdog:
             # NCCL ends the process without an exception: what is to be said has to be said before.
             if time.monotonic() - self._since > 0.8 * self.world.timeout_s and told != self._since:
                 told = self._since
-                tell(self._explain(None), sys.stderr)
+                print_error(self._explain(None))
 
     def _write(self) -> None:
         self._store.set(f"pulse/{self.world.rank}", json.dumps([time.monotonic(), *self._place, self._ended]))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common import BadInput, atomic_write, tell, write_errors
+from common import BadInput, atomic_write, print0, write_errors
 from readers import integer, open_regular, parse_json, require
 
 try:
@@ -146,7 +146,7 @@ class RunLog:
                     if parsed[1]:
                         (self.train_losses if parsed[1] == "trl" else self.val_losses).append((parsed[0], parsed[2]))
             if spoilt:
-                tell(f"warning: {self.output_dir / name}: lines that cannot be read are left out: {spoilt}")
+                print0(f"warning: {self.output_dir / name}: lines that cannot be read are left out: {spoilt}")
             if kept != content:
                 with atomic_write(self.output_dir / name) as file:
                     file.write(kept)
@@ -187,7 +187,7 @@ class RunLog:
                 reason = str(error)
                 if not isinstance(error, BadInput):
                     reason = f"cannot write {self.output_dir / name}: {type(error).__name__}: {error}"
-                tell(f"warning: {' '.join(reason.split())}; the run goes on")
+                print0(f"warning: {' '.join(reason.split())}; the run goes on")
             self._refused.add(name)
 
 

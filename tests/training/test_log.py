@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from common import BadInput, tell
+from common import BadInput, print0
 from training.log import RunLog, peak_memory_mib, resource
 
 
@@ -76,7 +76,7 @@ def test_whatever_fails_in_a_picture_or_in_events_is_one_warning(tmp_path, monke
 
 
 def test_control_characters_are_printed_as_escapes(capsys):
-    tell("a\x1b[2Jb\udcff\rc é\td\n")
+    print0("a\x1b[2Jb\udcff\rc é\td\n")
     assert capsys.readouterr().out == "a\\x1b[2Jb\\udcff\\rc é\td\n\n"
 
 
@@ -104,7 +104,7 @@ def test_full_disk_is_told_of_and_lines_wait(tmp_path, capsys):
 def test_screen_on_a_full_disk(monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        tell("a line")
+        print0("a line")
         monkeypatch.undo()
         with pytest.raises(OSError, match="No space"):
             full.flush()
