@@ -7,7 +7,7 @@ import pytest
 
 from common import BadInput
 from tests.conftest import ROOT
-from training.config import Config, parse
+from training.config import Config, flag, parse
 
 FLAGS = {field.name: field.metadata["group"] for field in dataclasses.fields(Config)}
 SPEC_FLAGS = {  # section 4
@@ -38,9 +38,34 @@ def test_help_lists_every_flag_in_groups_with_a_sentence(capsys):
         assert field.metadata["help"].endswith("."), field.name
 
 
+def test_no_flag_is_left_unclassed():
+    """A resumed run is compared with the one before by the flags that decide."""
+    with pytest.raises(TypeError, match="decides"):
+        flag(0, "machine", "A new one.")
+    assert all(type(field.metadata["decides"]) is bool for field in dataclasses.fields(Config))
+    assert set(Config().deciding()) == {
+        *("shuffle", "overfit_single_batch", "sequence_length", "total_batch_size", "num_iterations", "learning_rate"),
+        *("warmup_iters", "learning_rate_decay_frac", "weight_decay", "grad_clip", "skip_loss_z", "skip_norm_z"),
+        "dtype",
+    }
+
+
+def test_help_has_the_defaults_and_where_flash_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Tokens in a sequence, T. (default: 128; on a GPU 1024)" in text
+    assert "Number of updates. (default: 200)" in text
+    assert "1 is refused where attention is a Triton kernel" in text
+
+
 @pytest.mark.parametrize(
     ("device", "model", "B", "T", "total", "steps", "lr"),
-    [("cpu", "nano", 8, 128, 1024, 200, 2e-3), ("cuda", "d12", 4, 1024, 16384, 200, 6e-4)],
+    [
+        ("cpu", "nano", 8, 128, 1024, 200, 2e-3),
+        ("mps", "nano", 8, 128, 1024, 200, 2e-3),
+        ("cuda", "d12", 4, 1024, 16384, 200, 6e-4),
+    ],
 )
 def test_defaults_follow_the_device(device, model, B, T, total, steps, lr):
     config = parse([]).resolved(device, world_size=1)
