@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean as average
 
@@ -43,6 +44,7 @@ from training.faults import UpdateGuard, Watchdog, compare_ranks
 from training.flops import flops_per_token, peak_flops
 from training.log import RunLog, peak_memory_mib
 from training.saved import launch_of
+from training.step import Batch, autocast_to, clip, forward_backward
 
 SEED = 42
 INTERRUPTED = 130
@@ -157,8 +159,7 @@ def train(
     Backward passes of `model` average gradients over the ranks; `network` is the same without, for forward passes.
     """
     gpt, train_loader, optimizer, scaler = state.gpt, state.loader, state.optimizer, state.scaler
-    autocast = torch.autocast(world.device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
-    grad_mode = contextlib.nullcontext() if not config.inference_only else torch.no_grad()
+    autocast = autocast_to(getattr(torch, config.dtype), world.device)
     grad_accum_steps = config.grad_accum_steps(world.size)
     if not config.inference_only:
         distributed.settle_buckets(model, world, (config.batch_size, config.sequence_length), autocast)
@@ -184,25 +185,16 @@ def train(
         if config.overfit_single_batch:
             train_loader.reset()
         where = f"step {step + 1}, {train_loader.where()}"
-        loss, norm = torch.zeros(2, device=world.device)
-        for micro_step in range(grad_accum_steps):
-            watchdog.at(step, "reading data")
-            x, y = train_loader.next_batch()
-            watchdog.at(step, "forward and backward")
-            distributed.synchronise_gradients(model, micro_step == grad_accum_steps - 1, config.zero_stage)
-            with grad_mode, autocast:
-                _, micro_loss = model(x, y, return_logits=False)
-                micro_loss = micro_loss / grad_accum_steps  # so that gradients are the mean over the whole batch
-            loss += micro_loss.detach()
-            if not config.inference_only:
-                scaler.scale(micro_loss).backward()
-
+        batches = micro_batches(train_loader, step, watchdog)
+        loss = forward_backward(
+            model, batches, grad_accum_steps, autocast, scaler, config.zero_stage, backward=not config.inference_only
+        )
+        norm = torch.zeros_like(loss)
         lr = optim.learning_rate(step, config)
         if not config.inference_only:
+            norm = clip(state.params.values(), optimizer, scaler, config.grad_clip)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            scaler.unscale_(optimizer)
-            norm = optim.clip_gradients(state.params.values(), config.grad_clip)
 
         # One small reduction a step, so that all ranks decide alike: loss and norm, and whether one was asked to stop.
         asked = torch.tensor([stop.interrupted, stop.preempted], dtype=torch.float32, device=world.device)
@@ -259,6 +251,15 @@ def train(
 def is_due(every: int, step: int, last_step: bool) -> bool:
     """True on every `every`-th step and on the last; never where `every` is 0."""
     return every > 0 and (step % every == 0 or last_step)
+
+
+def micro_batches(loader: ShardLoader, step: int, watchdog: Watchdog) -> Iterator[Batch]:
+    """The batches to come, read when they are asked for; the watchdog is told what this rank is doing."""
+    while True:
+        watchdog.at(step, "reading data")
+        batch = loader.next_batch()
+        watchdog.at(step, "forward and backward")
+        yield batch
 
 
 @torch.no_grad()
