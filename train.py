@@ -6,8 +6,6 @@ it is what the loop calls.
 
 import contextlib
 import dataclasses
-import json
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -16,42 +14,28 @@ from statistics import mean as average
 
 import torch
 
-from common import (
-    BadInput,
-    atomic_write,
-    exclusive,
-    exit_on_bad_input,
-    lenient_streams,
-    print0,
-    print_error,
-    refuse_if_occupied,
-    write_errors,
-)
+from common import BadInput, exit_on_bad_input, lenient_streams, print0, print_error
 from data.loader import ShardLoader
 from data.prepare import prepare_pydoc
 from data.shards import shard_pattern
-from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding, token_bytes
-from kernels import ops
-from model import llmc
+from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
 from model.gpt import GPT
 from model.load import load
-from training import checkpoint, distributed, optim
+from training import backend, checkpoint, distributed, optim, run_dir
 from training.check import check
 from training.checkpoint import Checkpoints, TrainState
-from training.config import Config, parse, shell_path
+from training.config import Config, parse
 from training.distributed import RunStopped, StopRequest, World
 from training.faults import UpdateGuard, Watchdog, compare_ranks
 from training.flops import flops_per_token, peak_flops
 from training.log import RunLog, peak_memory_mib
-from training.saved import launch_of
 from training.step import Batch, autocast_to, clip, forward_backward
 
 SEED = 42
 INTERRUPTED = 130
 """exit status of a run that Ctrl-C ended, as shells count it"""
-RUN_CONFIG = "config.json"
 STOPPED = 1
-"""exit status of a run that could not go on"""
+"""exit status of a run that could not continue"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,41 +63,42 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     if config.tensorcores:
         torch.set_float32_matmul_precision("high")
     config = config.resolved(world.device.type, world.size)
-    table = choose_ops(config, world)
-    require_cache_folder()  # imports triton, which choose_ops has to prepare
+    table = backend.choose_ops(config, world.device.type)
+    backend.require_cache_folder()
     gpt = load(config.model, table)
     gpt.set_recompute(config.recompute)
-    try_code_generation(config, world, gpt.ops)
+    backend.try_code_generation(config, world.device, gpt.ops)
     config = check_against_model(config, gpt)
     config, train_loader, val_loader = open_data(config, world, gpt)
     if config.check:
         return check_backend(config, world, gpt, train_loader)
-    facts = run_facts(config, world, gpt)
-    output_dir, restarted = distributed.on_main(world, lambda: choose_output_dir(config, world, held))
-    resumed = find_checkpoint(config, world, train_loader, facts, output_dir, restarted)
+    metadata = run_dir.metadata_of(config, world, gpt)
+    output_dir, restarted = distributed.on_main(world, lambda: run_dir.choose(config, world, held))
+    resumed = run_dir.find_checkpoint(config, world, train_loader, metadata, output_dir, restarted)
     first_step = checkpoint.step_of(resumed) if resumed else 0
-    log = RunLog(output_dir if world.is_main else None, f"{config.model} on {world.size} × {device_name(world)}")
+    log = RunLog(output_dir if world.is_main else None, f"{config.model} on {world.size} × {world.device_name}")
 
     def begin() -> None:
-        make_output_dir(output_dir, config, restarted, gpt, held)
+        if output_dir:
+            run_dir.make(output_dir, config, restarted, gpt, held)
         log.open(first_step, bool(config.tensorboard))
         describe(config, world, gpt, train_loader, resumed)
         if output_dir:
-            write_config(output_dir / RUN_CONFIG, config, facts | {"launch": world.launch})
-            for name in checkpoint.tidy(output_dir, first_step):
-                print0(f"set aside {name}: its steps come again")
+            run_dir.write_config(output_dir, config, metadata, world)
+            for name in checkpoint.remove_leftovers(output_dir, first_step):
+                print0(f"set aside {name}: its steps will be repeated")
             if config.write_tensors and not resumed:
-                write_tensors(output_dir, config, gpt, train_loader, world.device)
+                run_dir.write_tensors(output_dir, config, gpt, train_loader, world.device)
 
     distributed.on_main(world, begin)
     gpt.to(world.device)
-    model, network = distributed.spread(gpt, world, config.zero_stage, config.dtype, bool(config.compile))
+    model, network = distributed.parallelize(gpt, world, config.zero_stage, config.dtype, bool(config.compile))
     params = dict(gpt.named_parameters())
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
     guard = UpdateGuard(config.skip_loss_z, config.skip_norm_z)
     state = TrainState(gpt, params, optim.build(gpt, config), scaler, train_loader, guard, world.device)
     saves_to = None if config.inference_only else output_dir
-    checkpoints = Checkpoints(saves_to, world, facts, config.keep, config.keep_every)
+    checkpoints = Checkpoints(saves_to, world, metadata, config.keep, config.keep_every)
     if resumed:
         checkpoints.load(resumed, state)
     if config.checkpoint_every:
@@ -130,15 +115,15 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
 
     watchdog.at(state.step, "writing the weights")
     checkpoints.wait()
-    if state.step < config.num_iterations and any(distributed.gather(world, checkpoints.failed)):
-        status = STOPPED  # who preempts a run shall not take it for saved
+    finished = state.step >= config.num_iterations
+    if not finished and any(distributed.gather(world, checkpoints.failed)):
+        status = STOPPED  # a failed save must not look like success to the scheduler
     log.close()
     if output_dir and not config.inference_only:
-        write_weights(output_dir / llmc.RUN_WEIGHTS, state, world)
+        run_dir.write_weights(output_dir, state, world)
     distributed.barrier(world)
     if output_dir and world.is_main:
-        resumable = state.step < config.num_iterations and checkpoint.find(output_dir / checkpoint.FOLDER)
-        conclude(given, world, output_dir, bool(resumable))
+        run_dir.summarize(output_dir, given, world, finished)
     return status
 
 
@@ -162,8 +147,8 @@ def train(
     autocast = autocast_to(getattr(torch, config.dtype), world.device)
     grad_accum_steps = config.grad_accum_steps(world.size)
     if not config.inference_only:
-        distributed.settle_buckets(model, world, (config.batch_size, config.sequence_length), autocast)
-    peak = peak_flops(device_name(world), config.dtype, config.tensorcores)
+        distributed.warm_up_ddp(model, world, (config.batch_size, config.sequence_length), autocast)
+    peak = peak_flops(world.device_name, config.dtype, config.tensorcores)
     step_times = []
 
     for step in range(state.step, config.num_iterations + 1):
@@ -201,10 +186,10 @@ def train(
         numbers = torch.cat([torch.stack([loss, norm]), asked])
         loss, norm, interrupted, preempted = distributed.mean(numbers, world).tolist()
         if not config.inference_only:
-            objection = state.guard.objection(where, loss, norm)
-            if objection:
-                print0(objection)
-            optim.update(optimizer, scaler, accepted=not objection)
+            reason_to_skip = state.guard.reason_to_skip(where, loss, norm)
+            if reason_to_skip:
+                print0(reason_to_skip)
+            optim.update(optimizer, scaler, accepted=not reason_to_skip)
         state.step = step + 1
         distributed.wait_for_device(world)
         seconds = time.perf_counter() - started
@@ -282,56 +267,6 @@ def sample(gpt: GPT, device: torch.device) -> str:
     return gpt2_encoding().decode(ids[0, 1:].tolist())
 
 
-def choose_ops(config: Config, world: World) -> ops.Ops:
-    """The table of ops that `--backend` names."""
-    try:
-        table = ops.parse(config.backend, world.device.type, bool(config.flash))
-    except (ImportError, ValueError, RuntimeError) as error:
-        raise BadInput(f"--backend {config.backend}: {error}") from error
-    if config.flash and table.attention is not ops.EAGER_SDPA.attention:
-        raise BadInput(
-            f"--flash 1 is for eager attention, and that of --backend {config.backend} is a Triton kernel; give "
-            "--flash 0, --backend eager or --backend triton,attention=eager"
-        )
-    return table
-
-
-def require_cache_folder() -> None:
-    """See that torch has a folder for what it compiles. It makes one in every process, also where it compiles nothing.
-
-    Raises:
-        BadInput: it cannot make it.
-    """
-    try:
-        torch.optim.SGD([torch.zeros(1)])  # imports torch's compiler, as every optimizer does
-    except OSError as error:
-        raise BadInput(
-            f"torch has no folder for temporary files ({error.strerror or error}); name one that can be written to in "
-            "TMPDIR, or in TORCHINDUCTOR_CACHE_DIR if that is set"
-        ) from error
-
-
-def try_code_generation(config: Config, world: World, table: ops.Ops) -> None:
-    """Compile one small op in each way that this run is going to, as a trial.
-
-    What Triton and torch.compile lack (a compiler, a cache folder that can be written to) would else be found out in
-    the first step, when the run directory is made and others may have been waited for.
-
-    Raises:
-        BadInput: it fails.
-    """
-    x = torch.ones(8, device=world.device)
-    flag, needed = f"--backend {config.backend}", "a C compiler (CC) and a cache folder (TRITON_CACHE_DIR)"
-    try:
-        table.gelu(x)
-        if config.compile:
-            flag, needed = "--compile 1", "a C++ compiler (CXX) and a cache folder (TORCHINDUCTOR_CACHE_DIR)"
-            torch.compile(lambda x: x * table.gelu(x), fullgraph=True)(x)
-    except Exception as error:  # each version of torch and of Triton has its own
-        reason = str(error).partition("\n\n")[0] or type(error).__name__  # what follows is for torch's developers
-        raise BadInput(f"{flag}: a trial failed: {reason}; it needs {needed}; or choose another value") from error
-
-
 def check_backend(config: Config, world: World, gpt: GPT, loader: ShardLoader) -> int:
     """Check the backend on the first batch of every rank; return the exit status, 1 where a rank found it off."""
     x, y = loader.next_batch()
@@ -385,149 +320,6 @@ def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoad
     return config, train_loader, val_loader
 
 
-def run_facts(config: Config, world: World, gpt: GPT) -> dict:
-    """What decides a run, for config.json and for checkpoints."""
-    return {
-        "flags": config.deciding(),
-        "network": dataclasses.asdict(gpt.config),
-        "ranks": world.size,
-        "zero_stage": config.zero_stage,
-        "device": device_name(world),
-        "versions": checkpoint.versions(),
-    }
-
-
-def choose_output_dir(config: Config, world: World, held: contextlib.ExitStack) -> tuple[Path | None, bool]:
-    """The run directory. One that is there is held against other runs from now on, so that nobody changes the
-    checkpoints in it.
-
-    Returns:
-        (the folder, which may have to be made; None for none, whether an earlier attempt of the same torchrun made it)
-
-    Raises:
-        BadInput: another run has it, or it cannot be looked at.
-    """
-    if config.output_dir == "":
-        return None, False
-    path = Path(config.output_dir) if config.output_dir else checkpoint.run_of(config.resume)
-    if path is None:
-        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{llmc.size_name(config.model)}"
-        path = Path("runs") / name
-        for number in range(2, 100):  # another run started in the same second
-            if not path.exists():
-                break
-            path = Path("runs") / f"{name}-{number}"
-    with write_errors(f"--output_dir {path}"):  # it may not even be looked at
-        if path.is_dir():
-            held.enter_context(exclusive(path, "--output_dir"))
-        there = world.restarts and (path / RUN_CONFIG).exists()
-        restarted = there and launch_of(path / RUN_CONFIG) == world.launch
-    return path, bool(restarted)
-
-
-def find_checkpoint(
-    config: Config, world: World, loader: ShardLoader, facts: dict, output_dir: Path | None, restarted: bool
-) -> Path | None:
-    """The checkpoint to go on from, with `loader` at its position; None to begin anew.
-
-    Raises:
-        BadInput: there is none where `--resume` says, or it is of another run than this one would be.
-    """
-    has_a_place = config.output_dir or checkpoint.run_of(config.resume)
-    if world.max_restarts and config.checkpoint_every and not has_a_place:
-        raise BadInput(
-            "torchrun's --max-restarts goes on from checkpoints; name the --output_dir where it finds them, so that it "
-            "is the same after a restart"
-        )
-    folder = None
-    if config.resume == "auto" or restarted:
-        folder = checkpoint.choose("auto", output_dir, world)
-    if folder is None and config.resume != "auto":
-        try:
-            folder = checkpoint.choose(config.resume, None, world)
-        except OSError as error:  # the path may not even be looked at
-            raise BadInput(f"--resume {config.resume}: {error.strerror or error}; name a run directory") from error
-    if folder is None:
-        return None
-    record = checkpoint.read_record(folder)
-    shape = checkpoint.compare(record, facts, "network")
-    if shape:
-        raise BadInput(f"--resume {config.resume}: {folder} is of another network: {', '.join(shape)}; give that one")
-    differences = checkpoint.compare(record, facts, "flags")
-    if differences and not config.resume_override:
-        raise BadInput(
-            f"--resume {config.resume}: {folder} is of another run: {', '.join(differences)}; give what it was, or "
-            "--resume_override 1"
-        )
-    try:
-        loader.load_state_dict(record["loader"])
-    except BadInput as error:
-        if not config.resume_override:
-            raise
-        print0(f"reading the data from the beginning: {error}")
-    return folder
-
-
-def make_output_dir(path: Path | None, config: Config, restarted: bool, gpt: GPT, held: contextlib.ExitStack) -> None:
-    """Create the run directory and hold it against other runs, or see that this run may go on in it.
-
-    Raises:
-        BadInput: it holds something else, another run has it, or the disk cannot hold the weights.
-    """
-    if path is None:
-        return
-    home = checkpoint.run_of(config.resume)
-    is_home = home is not None and home.resolve() == path.resolve()
-    goes_on = config.resume == "auto" and (path / RUN_CONFIG).exists()
-    if not (is_home or goes_on or restarted):
-        refuse_if_occupied(path)
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
-    needed = 4 * gpt.config.num_params() * (4 if config.write_tensors else 1)
-    if config.checkpoint_every:  # weights and two moments; a new one is written before the oldest goes
-        there = len(checkpoint.find(path / checkpoint.FOLDER))
-        needed += 12 * gpt.config.num_params() * (config.keep + 1 - min(there, config.keep))
-    if free < needed:
-        raise BadInput(
-            f"--output_dir {path}: the disk has {free / 2**20:,.0f} MiB left and this run writes about "
-            f"{needed / 2**20:,.0f}; free some space or name another folder"
-        )
-    if not path.is_dir():
-        with write_errors(f"--output_dir {path}"):
-            path.mkdir(parents=True)
-        held.enter_context(exclusive(path, "--output_dir"))
-
-
-def write_config(path: Path, config: Config, facts: dict) -> None:
-    """Write down what decided this run."""
-    record = facts | {"flags": dataclasses.asdict(config)}
-    with atomic_write(path) as file:
-        file.write(json.dumps(record, indent=2).encode() + b"\n")
-
-
-def write_tensors(output_dir: Path, config: Config, gpt: GPT, loader: ShardLoader, device: torch.device) -> None:
-    """Write the weights, a debug state of the first batch and the tokenizer for llm.c, before the first update."""
-    prefix = f"gpt2_{llmc.size_name(config.model)}"
-    llmc.write_model(output_dir / f"{prefix}.bin", gpt)
-    llmc.write_model(output_dir / f"{prefix}_bf16.bin", gpt, torch.bfloat16)
-    x, y = loader.next_batch()
-    loader.reset()
-    state = llmc.debug_state(gpt, x, y, device)
-    llmc.write_debug_state(output_dir / f"{prefix}_debug_state.bin", gpt.config, state)
-    if gpt.config.vocab_size == VOCAB_SIZE:
-        llmc.write_tokenizer(output_dir / "gpt2_tokenizer.bin", token_bytes(), END_OF_TEXT)
-
-
-def write_weights(path: Path, state: TrainState, world: World) -> None:
-    """Write the weights, whole whatever the stage. Every rank takes part, and one writes."""
-    weights = distributed.FullWeights(state.params)
-    if world.is_main:
-        llmc.write_model(path, (state.gpt.config, weights))
-    else:
-        for name in llmc.tensor_shapes(state.gpt.config):  # in the order in which the other asks for them
-            weights[name]
-
-
 def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader, resumed: Path | None) -> None:
     """Say what is about to be trained, on what, with what."""
     decaying, others = (group["params"] for group in optim.parameter_groups(gpt, config.weight_decay))
@@ -541,22 +333,9 @@ def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader, resume
         f"batch: {config.batch_size} × {config.sequence_length} tokens × {world.size} ranks × "
         f"{config.grad_accum_steps(world.size)} micro-steps = {config.total_batch_size:,} tokens an update"
     )
-    print0(f"device {device_name(world)} | backend {config.backend} | dtype {config.dtype} | torch {torch.__version__}")
+    print0(f"device {world.device_name} | backend {config.backend} | dtype {config.dtype} | torch {torch.__version__}")
     if resumed:
         print0(f"resumed from {resumed}: {checkpoint.step_of(resumed)} of {config.num_iterations} steps are done")
-
-
-def conclude(config: Config, world: World, output_dir: Path, resumable: bool) -> None:
-    """Say where everything is, and what can be done with it, in lines for a shell."""
-    with write_errors(output_dir):
-        names = sorted(path.name for path in output_dir.iterdir())
-    print0(f"\nrun directory: {output_dir} ({', '.join(names)})")
-    if resumable:
-        launcher = "torchrun ..." if world.distributed else "python"
-        print0(f"resume: {launcher} train.py {config.command_line(output_dir=str(output_dir), resume='auto')}")
-    if not config.inference_only:
-        print0(f"go on from these weights:    python train.py --model {shell_path(output_dir)}")
-        print0(f"take them to transformers:   python -m model.hf export {shell_path(output_dir)} FOLDER")
 
 
 def step_line(metrics: dict[str, float | None], num_iterations: int) -> str:
@@ -568,11 +347,6 @@ def step_line(metrics: dict[str, float | None], num_iterations: int) -> str:
         f"step {metrics['step'] + 1:>{width}}/{num_iterations} | train loss {metrics['loss']:.6f}{norm}"
         f" | lr {metrics['lr']:.2e} | {metrics['ms']:.1f} ms | {metrics['tok_per_s']:,.0f} tok/s{mfu}"
     )
-
-
-def device_name(world: World) -> str:
-    """The GPU's name as CUDA gives it, or the kind of device."""
-    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
 
 
 if __name__ == "__main__":

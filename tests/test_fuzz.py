@@ -31,10 +31,12 @@ from model.load import load
 from tests.conftest import TINY, command_line
 from training import checkpoint
 from training.checkpoint import Checkpoints, TrainState
+from training.config import Resume
 from training.distributed import World
 from training.faults import UpdateGuard
 from training.log import RunLog
-from training.saved import launch_of, read_record
+from training.run_dir import torchrun_id_of
+from training.saved import read_state
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="FIFOs, alarms and memory are POSIX")
 
@@ -136,7 +138,7 @@ def generators_kept():
 def resume(folder: Path) -> TrainState:
     """Choose a checkpoint, and load it."""
     state = new_state()
-    chosen = checkpoint.choose(str(folder), None, WORLD)
+    chosen = checkpoint.choose(Resume.parse(str(folder)), None, WORLD)
     with generators_kept():
         Checkpoints(None, WORLD, {}).load(chosen, state)
     return state
@@ -204,7 +206,7 @@ def test_only_regular_files_in_the_folder_are_read(run, saved, model, tmp_path, 
         into_bin(folder)
     readers = {"main.log": open_log, "metrics.jsonl": open_log, "model.bin": llmc.load_model}
     if place == "run":
-        read = readers.get(file, lambda folder: launch_of(folder / "config.json"))
+        read = readers.get(file, lambda folder: torchrun_id_of(folder / "config.json"))
     else:
         read = resume if place == "checkpoint" else from_pretrained
     read(folder)
@@ -570,18 +572,18 @@ def change_bytes(content: bytes, changes) -> bytes:
     return content
 
 
-def read_state(folder: Path) -> None:
+def step_from_state(folder: Path) -> None:
     """Read state.json, and do a step from there."""
-    state, record = new_state(), read_record(folder)
+    state, saved = new_state(), read_state(folder)
     loader = ShardLoader(str(folder / "train_*"), 4, 16, vocab_size=TINY.vocab_size)
     with generators_kept():
         try:
-            state.load_record(record)
+            state.load_state_dict(saved)
         except ValueError as error:  # of which Checkpoints.load makes a line
             raise BadInput(str(error)) from error
-        loader.load_state_dict(record["loader"])
+        loader.load_state_dict(saved["loader"])
         loader.next_batch()
-        state.guard.objection("", 3.0, 3.0)
+        state.guard.reason_to_skip("", 3.0, 3.0)
         state.scaler.scale(torch.ones(()))
 
 
@@ -593,8 +595,8 @@ def read_logs(folder: Path) -> None:
     RunLog(folder).open(9).draw()
 
 
-def read_launch(folder: Path) -> None:
-    launch_of(folder / "config.json")
+def read_run_config(folder: Path) -> None:
+    torchrun_id_of(folder / "config.json")
 
 
 def with_scale(folder: Path) -> None:
@@ -611,8 +613,8 @@ def nothing(folder: Path) -> None:
 
 # By reader: the folder that is copied, the file in it, how it is changed, what is done to the folder before, who reads.
 READERS = {
-    "state.json": ("saved", "state.json", change_json, with_scale, read_state),
-    "state.json, bytes": ("saved", "state.json", change_bytes, with_scale, read_state),
+    "state.json": ("saved", "state.json", change_json, with_scale, step_from_state),
+    "state.json, bytes": ("saved", "state.json", change_bytes, with_scale, step_from_state),
     "SHA256SUMS": ("saved", "SHA256SUMS", change_bytes, nothing, resume),
     ".metadata": ("saved", ".metadata", change_bytes, nothing, resume),
     ".distcp": ("saved", "__0_0.distcp", change_bytes, nothing, resume),
@@ -621,7 +623,7 @@ READERS = {
         "config.json",
         change_json,
         nothing,
-        read_launch,
+        read_run_config,
     ),
     "logs": ("run", "metrics.jsonl", change_bytes, nothing, read_logs),
     "model.bin": ("run", "model.bin", change_bytes, nothing, llmc.load_model),

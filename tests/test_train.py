@@ -23,6 +23,7 @@ from data.shards import open_shard
 from model import llmc
 from model.gpt import PRESETS
 from tests.conftest import ROOT, TINY, command_line
+from training import run_dir
 from training.config import Config, parse
 from training.distributed import StopRequest
 from training.log import RunLog
@@ -270,11 +271,11 @@ HOSTILE = "-a $(touch made) `touch made`; touch made # 'q' \"d\" [b] * \\\n line
 def test_lines_to_paste_survive_a_shell(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in (HOSTILE, "nano", "runs/one"):
-        Path(name).mkdir(parents=True)
+        Path(name, "checkpoints", "step_3").mkdir(parents=True)
         config = Config(model=f"./{name}", input_bin=f"{name}/train_*.bin", num_iterations=7)
-        train.conclude(config, SimpleNamespace(distributed=False), Path(name), resumable=True)
+        run_dir.summarize(Path(name), config, SimpleNamespace(distributed=False), finished=False)
         screen = capsys.readouterr().out
-        labels = ("resume: ", "go on from these weights: ", "take them to transformers: ")
+        labels = ("resume: ", "train from these weights: ", "export to transformers: ")
         lines = re.fullmatch(r".*\n" + r"\n".join(rf"{label} *(.*)" for label in labels) + r"\n", screen, re.DOTALL)
         arguments = []
         for line in lines.groups():

@@ -41,11 +41,12 @@ from common import BadInput, print0, write_errors
 from data.loader import ShardLoader
 from model.gpt import GPT
 from training import distributed, optim
+from training.config import CHECKPOINTS as FOLDER
+from training.config import Resume, is_checkpoint
 from training.distributed import World
 from training.faults import UpdateGuard
-from training.saved import METADATA, STATE, SUMS, TensorReader, read_record, sha256, step_of, verify
+from training.saved import METADATA, STATE, SUMS, TensorReader, read_state, sha256, step_of, verify
 
-FOLDER = "checkpoints"
 # A single process is what was asked for; it warns at every save, from the thread that writes.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
@@ -76,7 +77,7 @@ class TrainState:
             "optimizer": {f"{names[p]}.{kind}": value for p in adam for kind, value in adam[p].items()},
         }
 
-    def record(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All the rest, as JSON has it. It is the same on every rank."""
         kind, keys, *position = np.random.get_state()
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -94,18 +95,18 @@ class TrainState:
             },
         }
 
-    def load_record(self, record: dict[str, Any]) -> None:
-        """Go on from what `record` gave.
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from what `state_dict` gave, but for the loader, whose position is restored when it is checked.
 
         Raises:
             ValueError: a random number generator refuses its state.
         """
-        self.step = record["step"]
-        self.tokens = record["tokens"]
-        self.guard.load_state_dict(record["guard"])
-        if self.scaler.is_enabled() and record["scaler"]:
-            self.scaler.load_state_dict(record["scaler"])
-        rng = record["rng"]
+        self.step = saved["step"]
+        self.tokens = saved["tokens"]
+        self.guard.load_state_dict(saved["guard"])
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        rng = saved["rng"]
         try:
             torch.set_rng_state(torch.frombuffer(bytearray.fromhex(rng["torch"]), dtype=torch.uint8))
             if rng["cuda"] and self.device.type == "cuda":
@@ -125,7 +126,7 @@ class Checkpoints:
     Args:
         run_dir: the run directory; None where nothing is kept.
         world: the ranks; each has to make the same calls.
-        facts: what is written beside the state: configuration, network, versions; see `compare`.
+        metadata: what is written beside the state: flags, network, versions; see `differences`.
         keep: how many of the newest stay.
         keep_every: those of a step that is a multiple stay as well; 0 for none.
     """
@@ -134,12 +135,12 @@ class Checkpoints:
         self,
         run_dir: Path | None,
         world: World,
-        facts: dict[str, Any],
+        metadata: dict[str, Any],
         keep: int = 2,
         keep_every: int = 0,
     ):
         self.folder = run_dir / FOLDER if run_dir else None
-        self.world, self.facts = world, facts
+        self.world, self.metadata = world, metadata
         self.keep, self.keep_every = keep, keep_every
         self._saving: tuple[int, Future] | None = None
         self.failed = False
@@ -173,11 +174,11 @@ class Checkpoints:
             dist.destroy_process_group(self._group)
             self._group = self._new_group()
         folder = self.folder / f"step_{state.step}"
-        record = state.record() | self.facts
+        content = json.dumps(state.state_dict() | self.metadata).encode() + b"\n"
         try:
             future = dcp.async_save(
                 self._share(state),
-                storage_writer=_Writer(folder, json.dumps(record).encode() + b"\n", self._prune),
+                storage_writer=_Writer(folder, content, self._prune),
                 process_group=self._group,
                 async_stager=self._stager,
                 no_dist=not self.world.distributed,
@@ -219,7 +220,7 @@ class Checkpoints:
         Raises:
             BadInput: what `choose` has not seen yet is wrong: the tensors, or a state that its generator refuses.
         """
-        tensors, record = state.tensors(), read_record(folder)
+        tensors, saved = state.tensors(), read_state(folder)
         try:
             dcp.load(
                 tensors,
@@ -228,9 +229,9 @@ class Checkpoints:
                 no_dist=not self.world.distributed,
             )
             for name, tensor in tensors["optimizer"].items():
-                if name.endswith(".step") and not 0 <= tensor.item() <= record["step"]:
-                    raise ValueError(f"{name} is {tensor.item():g}, and step {record['step']} comes after it")
-            state.load_record(record)
+                if name.endswith(".step") and not 0 <= tensor.item() <= saved["step"]:
+                    raise ValueError(f"{name} is {tensor.item():g}, and step {saved['step']} comes after it")
+            state.load_state_dict(saved)
         except (CheckpointException, ValueError) as error:
             raise BadInput(f"{folder} cannot be resumed from: {_reason(error)}; name another checkpoint") from error
 
@@ -265,11 +266,11 @@ class _Writer(dcp.FileSystemWriter):
     torch.distributed.checkpoint calls `write_data` on every rank and then, where all succeeded, `finish` on one.
     """
 
-    def __init__(self, folder: Path, record: bytes, prune: Callable[[], None]):
+    def __init__(self, folder: Path, state: bytes, prune: Callable[[], None]):
         if _part(folder).is_symlink():
             raise OSError(errno.ELOOP, f"{_part(folder)} is a link; remove it")
         super().__init__(_part(folder))
-        self.folder, self.record, self.prune = folder, record, prune
+        self.folder, self.state, self.prune = folder, state, prune
 
     def write_data(self, plan: Any, planner: Any) -> torch.futures.Future:
         try:
@@ -288,7 +289,7 @@ class _Writer(dcp.FileSystemWriter):
     def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
         part = Path(self.path)
-        _write(part / STATE, self.record)
+        _write(part / STATE, self.state)
         sums = {name: digest for rank in results for result in rank for name, digest in result.sums.items()}
         sums |= {name: sha256(part / name) for name in (METADATA, STATE)}
         _write(part / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
@@ -311,14 +312,12 @@ def find(folder: Path) -> list[Path]:
     Raises:
         BadInput: the operating system does not show what is in the folder.
     """
-    return [path for path in _named_steps(folder) if path.is_dir()]
+    return [path for path in _named_steps(folder) if os.path.isdir(path)]
 
 
 def _named_steps(folder: Path) -> list[Path]:
     """Whatever bears the name of a checkpoint, the newest first."""
-    return sorted(
-        (folder / name for name in _names_in(folder) if _is_checkpoint(Path(name))), key=step_of, reverse=True
-    )
+    return sorted((folder / name for name in _names_in(folder) if is_checkpoint(Path(name))), key=step_of, reverse=True)
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -332,63 +331,47 @@ def _names_in(folder: Path) -> list[str]:
         ) from error
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return bool(re.fullmatch(r"step_(0|[1-9][0-9]*)", path.name))
-
-
-def run_of(resume: str) -> Path | None:
-    """The run directory that the path in `--resume` is or is in; None for no path, and for a checkpoint by itself."""
-    if resume in ("0", "auto"):
-        return None
-    path = Path(resume).absolute()
-    if not _is_checkpoint(path):
-        return path
-    return path.parent.parent if path.parent.name == FOLDER else None
-
-
-def choose(resume: str, run_dir: Path | None, world: World) -> Path | None:
-    """The checkpoint that `--resume` means, whole and held against its sums. Every rank takes part.
+def choose(resume: Resume, run_dir: Path | None, world: World) -> Path | None:
+    """The checkpoint that `--resume` means, intact and checked against its sums. Every rank takes part.
 
     Args:
-        resume: "0"; "auto", the newest whole one in the run directory; or the path of a checkpoint or a run directory.
-        run_dir: where "auto" looks.
+        resume: what is asked for.
+        run_dir: where `auto` looks.
         world: the ranks.
 
     Returns:
-        The checkpoint, or None to start from the beginning.
+        The checkpoint, or None to start from scratch.
 
     Raises:
-        BadInput: a path has no checkpoint, or not a whole one.
+        BadInput: a path has no checkpoint, or there are some and none of them is intact.
     """
-    if resume == "0":
+    run = run_dir if resume.auto else resume.path
+    if run is None:
         return None
-    path = Path(resume)
-    if resume != "auto" and os.path.isdir(path) and _is_checkpoint(path):
-        candidates = [path]
-    else:
-        run = run_dir if resume == "auto" else path
-        # As one rank sees it, so that no rank looks for what another has just moved.
+    if resume.is_checkpoint:
+        candidates = [run] if os.path.isdir(run) else []
+    else:  # as one rank sees them, so that no rank looks for what another has just moved
         candidates = distributed.on_main(world, lambda: find(run / FOLDER))
-    if resume != "auto" and not candidates:
-        raise BadInput(f"--resume {resume}: no checkpoint there; name a run directory, or one of its {FOLDER}/step_N")
+    if not candidates and not resume.auto:
+        raise BadInput(
+            f"--resume {resume.given}: no checkpoint there; name a run directory, or one of its {FOLDER}/step_N"
+        )
     for folder in candidates:
         wrong = [w for w in distributed.gather(world, verify(folder, world.rank, world.size)) if w]
         if not wrong:
             return folder
-        if folder == path:
-            raise BadInput(f"--resume {resume}: {wrong[0]}; name another checkpoint")
+        if resume.is_checkpoint:
+            raise BadInput(f"--resume {resume.given}: {wrong[0]}; name another checkpoint")
         print0(f"refused {folder.name}: {wrong[0]}; trying the one before")
-    if resume != "auto":
-        raise BadInput(f"--resume {resume}: none of its {len(candidates)} checkpoints is whole; name another")
     if candidates:
+        instead = "name another --output_dir to start from scratch" if resume.auto else "name another run directory"
         raise BadInput(
-            f"--resume auto: none of the {len(candidates)} checkpoints in {run_dir / FOLDER} is whole; name another "
-            "--output_dir to begin anew"
+            f"--resume {resume.given}: none of the {len(candidates)} checkpoints in {run / FOLDER} is intact; {instead}"
         )
     return None
 
 
-def tidy(run_dir: Path, step: int) -> list[str]:
+def remove_leftovers(run_dir: Path, step: int) -> list[str]:
     """Remove what killed saves left, and set aside the checkpoints after a step, which this run is going to repeat.
 
     Links are removed and set aside as such; what they lead to stays as it is.
@@ -413,21 +396,21 @@ def tidy(run_dir: Path, step: int) -> list[str]:
     return aside
 
 
-def compare(record: dict[str, Any], facts: dict[str, Any], kind: str) -> list[str]:
-    """The settings that decide what is computed and in which this run differs from the one that wrote a record.
+def differences(saved: dict[str, Any], metadata: dict[str, Any], kind: str) -> list[str]:
+    """The settings that decide what is computed and in which this run differs from the one that wrote a checkpoint.
 
     Args:
-        record: from `read_record`.
-        facts: of this run.
+        saved: from `read_state`.
+        metadata: of this run.
         kind: "network" or "flags".
 
     Returns:
         A phrase for each, with its name and both values.
     """
     return [
-        f"{kind} {name} was {record[kind].get(name)} and is {value}"
-        for name, value in facts[kind].items()
-        if record[kind].get(name) != value
+        f"{kind} {name} was {saved[kind].get(name)} and is {value}"
+        for name, value in metadata[kind].items()
+        if saved[kind].get(name) != value
     ]
 
 

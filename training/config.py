@@ -4,15 +4,18 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
+import re
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from common import BadInput
 
+CHECKPOINTS = "checkpoints"
+"""folder of a run directory in which its checkpoints are, step_N"""
 LARGEST = 1e12
 """of a float: the product of three still fits float32"""
 
@@ -50,6 +53,39 @@ def flag(
 def switch(group: str, help: str, *, decides: bool) -> Any:
     """A flag that is 0 or 1, and 0 unless it is given."""
     return flag(0, group, help, decides=decides, choices=(0, 1))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it bears the name of a checkpoint."""
+    return bool(re.fullmatch(r"step_(0|[1-9][0-9]*)", path.name))
+
+
+class Resume(NamedTuple):
+    """What `--resume` asks for: to start from scratch (neither `auto` nor a `path`), or from a checkpoint."""
+
+    given: str
+    """the flag's value, for messages"""
+    auto: bool = False
+    """from the newest intact checkpoint in --output_dir, or from scratch if it has none"""
+    path: Path | None = None
+    """from this checkpoint, or the newest of this run directory"""
+
+    @classmethod
+    def parse(cls, given: str) -> "Resume":
+        """Interpret the flag's value. Nothing is looked up on the disk."""
+        return cls(given, given == "auto", None if given in ("0", "auto") else Path(given).absolute())
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether `path` has the name of a checkpoint, and not of a run directory."""
+        return self.path is not None and is_checkpoint(self.path)
+
+    @property
+    def run(self) -> Path | None:
+        """The run directory that `path` is or is in; None for a checkpoint that is in none."""
+        if self.path is None or not self.is_checkpoint:
+            return self.path
+        return self.path.parent.parent if self.path.parent.name == CHECKPOINTS else None
 
 
 @dataclass(frozen=True)
@@ -264,12 +300,17 @@ class Config:
             raise BadInput('--checkpoint_every has nowhere to write to: give an --output_dir that is not ""')
         if self.checkpoint_every and self.inference_only:
             raise BadInput("--checkpoint_every has nothing to save with --inference_only 1; leave one of them out")
-        if self.resume == "auto" and not self.output_dir:
-            raise BadInput("--resume auto needs an --output_dir: the run to resume")
         if self.resume == "":
             raise BadInput('--resume is ""; give auto, the path of a checkpoint or a run directory, or 0')
-        if self.resume != "0" and self.inference_only:
+        if self.resume_from.auto and not self.output_dir:
+            raise BadInput("--resume auto needs an --output_dir: the run to resume")
+        if (self.resume_from.auto or self.resume_from.path) and self.inference_only:
             raise BadInput("--resume continues a training run; leave it or --inference_only 1 out")
+
+    @property
+    def resume_from(self) -> Resume:
+        """What `--resume` asks for."""
+        return Resume.parse(self.resume)
 
     def resolved(self, device_type: str, world_size: int) -> "Config":
         """Fill in what follows the device, and check the batch against the number of ranks.

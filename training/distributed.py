@@ -49,16 +49,21 @@ class World:
     """what the ranks can write to and read from at any time; None where there is one process"""
     timeout_s: int = TIMEOUT_S
     restarts: int = 0
-    """how often torchrun has started the ranks anew, after one of them failed"""
+    """how often torchrun has restarted the ranks, after one of them failed"""
     max_restarts: int = 0
     """how often it would"""
-    launch: str = ""
-    """which torchrun started this rank, the same after it started the ranks anew"""
+    torchrun_id: str = ""
+    """which torchrun started this rank; a restart of the ranks does not change it"""
 
     @property
     def is_main(self) -> bool:
         """True on the one rank that prints and writes."""
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's name as CUDA gives it, or the kind of device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
 
 def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> World:
@@ -127,8 +132,8 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
             raise RunStopped(
                 f"rank {rank} waited for all {size} ranks to start, and not all came: {' '.join(str(error).split())}"
             ) from error
-    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {socket.gethostname()} {os.getppid()}"
-    return World(rank, local_rank, size, chosen, distributed, store, timeout_s, restarts, max_restarts, launch)
+    torchrun_id = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {socket.gethostname()} {os.getppid()}"
+    return World(rank, local_rank, size, chosen, distributed, store, timeout_s, restarts, max_restarts, torchrun_id)
 
 
 def _of_environment(name: str, default: int) -> int:
@@ -190,7 +195,7 @@ def gather(world: World, value: T) -> list[T]:
     return values
 
 
-def spread(gpt: GPT, world: World, zero_stage: int, dtype: str, compile: bool) -> tuple[torch.nn.Module, ...]:
+def parallelize(gpt: GPT, world: World, zero_stage: int, dtype: str, compile: bool) -> tuple[torch.nn.Module, ...]:
     """Prepare a network, which is on the device, for all ranks.
 
     Args:
@@ -236,14 +241,15 @@ def shard(gpt: GPT, zero_stage: int, dtype: str, compile: bool) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
-def settle_buckets(model: torch.nn.Module, world: World, shape: tuple[int, int], autocast: torch.autocast) -> None:
-    """Make a pass for nothing, after which the steps of a resumed run add up as those of one that was never cut.
+def warm_up_ddp(model: torch.nn.Module, world: World, shape: tuple[int, int], autocast: torch.autocast) -> None:
+    """Run one throw-away step so that DDP settles its buckets now; otherwise a resumed run would sum gradients in
+    another order than an uninterrupted one.
 
-    DDP lays its buckets out anew after its first backward pass, and with more than two ranks the place of a gradient
-    decides the order in which its sum is taken.
+    DDP rebuilds its buckets after its first backward pass, and with more than two ranks the place of a gradient in its
+    bucket decides the order of its sum.
 
     Args:
-        model: from `spread`; without DDP nothing happens.
+        model: from `parallelize`; without DDP nothing happens.
         world: the ranks.
         shape: (B, T) of the batches to come, so that nothing is compiled for another.
         autocast: what forward passes run in.

@@ -48,8 +48,8 @@ class UpdateGuard:
         self.in_a_row = 0
         """of them the last ones that were not finite, without one between that was"""
 
-    def objection(self, where: str, loss: float, norm: float) -> str | None:
-        """What speaks against the update with this loss and norm, in words; None where nothing does. It is counted.
+    def reason_to_skip(self, where: str, loss: float, norm: float) -> str | None:
+        """Why the update with this loss and norm must be skipped, in words, or None. Skipped updates are counted.
 
         Args:
             where: the step, and the data that were read, in words.
@@ -102,21 +102,21 @@ def _z_score(window: collections.deque) -> float:
     return (window[-1] - statistics.fmean(window)) / deviation if deviation else 0.0
 
 
-def compare_ranks(world: World, step: int, params: Mapping[str, torch.Tensor], facts: Mapping[str, object]) -> None:
-    """Hold the ranks' weights against each other, and whatever else has to be the same on all of them.
+def compare_ranks(world: World, step: int, params: Mapping[str, torch.Tensor], values: Mapping[str, object]) -> None:
+    """Compare the ranks' weights, and whatever else has to be the same on all of them.
 
     Args:
         world: the ranks; each takes part.
         step: updates done, for the message.
         params: weights by name; sharded ones are compared as each rank puts them together.
-        facts: by name, with a text that is the same wherever the thing is.
+        values: anything else that must agree, by name; compared by its `repr`.
 
     Raises:
         RunStopped: on every rank, naming those that differ from the most, and the first thing in which they do.
     """
     weights = distributed.FullWeights(params)
     digests = {name: _digest(weights[name]) for name in weights}
-    digests |= {name: hashlib.sha256(repr(fact).encode()).hexdigest() for name, fact in facts.items()}
+    digests |= {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in values.items()}
     all_digests = distributed.gather(world, list(digests.values()))
     common, _ = collections.Counter(map(tuple, all_digests)).most_common(1)[0]
     odd = [rank for rank, theirs in enumerate(all_digests) if tuple(theirs) != common]

@@ -149,7 +149,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
             return str(BadInput(f"{folder / name} cannot be read: {error.strerror}"))
     if part == 0:
         try:
-            read_record(folder)
+            read_state(folder)
             for place in TensorReader(folder).places.values():
                 if place.file not in sums:
                     return str(BadInput(f"{folder / SUMS} has no sum of {place.file}"))
@@ -158,24 +158,24 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors.
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside its tensors, step and tokens included.
 
     Raises:
-        BadInput: it is not what `TrainState.record` gave.
+        BadInput: it is not what `TrainState.state_dict` gave.
     """
     try:
-        record = read_json(folder / STATE, _FIELDS)
-        if record["step"] != step_of(folder):
-            raise ValueError(f"it is of step {record['step']}")
-        if record["scaler"] and record["scaler"].keys() != _ALL_OF_A_SCALER:
+        state = read_json(folder / STATE, _FIELDS)
+        if state["step"] != step_of(folder):
+            raise ValueError(f"it is of step {state['step']}")
+        if state["scaler"] and state["scaler"].keys() != _ALL_OF_A_SCALER:
             raise ValueError("scaler has other fields than it was saved with")
-        require(record["flags"], _FLAGS, "flags")
-        _check_position(record["loader"], record["flags"]["sequence_length"])
+        require(state["flags"], _FLAGS, "flags")
+        _check_position(state["loader"], state["flags"]["sequence_length"])
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder / STATE} cannot be used: {said(error)}; name another checkpoint") from error
-    record.setdefault("tokens", record["step"] * record["flags"]["total_batch_size"])
-    return record
+    state.setdefault("tokens", state["step"] * state["flags"]["total_batch_size"])
+    return state
 
 
 def _check_position(loader: dict[str, Any], sequence_length: int) -> None:
@@ -351,15 +351,3 @@ def said(error: OSError | ValueError) -> str:
 def sha256(path: Path) -> str:
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def launch_of(config: Path) -> str | None:
-    """The torchrun that started the run which wrote a config.json.
-
-    Raises:
-        BadInput: it is no config.json of a run.
-    """
-    try:
-        return read_json(config, {"launch?": text(".{0,1000}")}).get("launch")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{config} cannot be used: {said(error)}; name another --output_dir") from error

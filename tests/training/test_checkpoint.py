@@ -156,10 +156,10 @@ def test_state_holds_every_generator_scale_and_window(run_tiny):
         setattr(train_state, name, type("", (), {"state_dict": lambda self: {}, "is_enabled": lambda self: False})())
     train_state.guard.load_state_dict = lambda state: None
     train_state.device, train_state.step = torch.device("cpu"), 1
-    record = json.loads(json.dumps(train_state.record()))
+    saved = json.loads(json.dumps(train_state.state_dict()))
     drawn = [draw() for draw in generators]
     assert drawn != [draw() for draw in generators]
-    train_state.load_record(record)
+    train_state.load_state_dict(saved)
     assert drawn == [draw() for draw in generators]
 
 
@@ -359,7 +359,7 @@ def test_run_whose_name_looks_like_a_checkpoint(run_tiny, tmp_path, capsys):
 def test_disk_with_room_for_one_more_checkpoint_is_enough_to_go_on(run_tiny, capsys, monkeypatch):
     P = TINY.num_params()
     room = SimpleNamespace(free=4 * P + 3 * 12 * P)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: room)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
     whole = run_tiny(**FLAGS, checkpoint_every=10, resume="auto")
     room.free = 4 * P + 12 * P
     run_tiny(**FLAGS, checkpoint_every=10, resume="auto", output_dir=whole.output_dir)
@@ -408,10 +408,10 @@ def test_log_is_on_disk_before_the_checkpoint_that_follows_it(run_tiny, monkeypa
         ({"resume": ""}, '--resume is ""'),
         ({"checkpoint_every": 2, "output_dir": ""}, "--checkpoint_every has nowhere to write to"),
         ({"checkpoint_every": 2, "inference_only": 1}, "--checkpoint_every has nothing to save"),
-        ({"resume": "auto", "inference_only": 1}, "--resume goes on with a training run"),
+        ({"resume": "auto", "inference_only": 1}, "--resume continues a training run"),
         ({"keep": 0}, "--keep is 0"),
         ({"timeout_s": 0}, "--timeout_s is 0"),
-        ({"timeout_s": 10**10}, "--timeout_s is 10000000000; it must be at most 1000000000"),
+        ({"timeout_s": 10**10}, "--timeout_s is 10000000000; it must be from 1 to 1000000000"),
         ({"skip_loss_z": -1}, "--skip_loss_z is -1"),
     ],
 )

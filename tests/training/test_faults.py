@@ -38,15 +38,15 @@ def test_outlier_is_measured_against_the_last_128():
     for at in (20, WINDOW + 40, 300):
         losses[at] = 5.0
     guard = UpdateGuard(loss_z=6.0)
-    objections = [guard.objection(f"step {i}", loss, 1.0) for i, loss in enumerate(losses)]
+    reasons = [guard.reason_to_skip(f"step {i}", loss, 1.0) for i, loss in enumerate(losses)]
     expected = set()
     for i in range(WINDOW - 1, len(losses)):
         window = np.array(losses[i - WINDOW + 1 : i + 1])
         if (losses[i] - window.mean()) / window.std() > 6.0:
             expected.add(i)
-    assert {i for i, objection in enumerate(objections) if objection} == expected == {WINDOW + 40, 300}
+    assert {i for i, reason in enumerate(reasons) if reason} == expected == {WINDOW + 40, 300}
     assert guard.skipped == 2
-    assert re.match(r"step 300: loss 5 is \d\.\d standard deviations above", objections[300])
+    assert re.match(r"step 300: loss 5 is \d\.\d standard deviations above", reasons[300])
 
 
 @pytest.mark.parametrize(("loss_z", "norm_z", "skips"), [(0, 0, 0), (5, 0, 1), (0, 5, 1), (5, 5, 2), (50, 50, 0)])
@@ -54,50 +54,50 @@ def test_each_limit_looks_at_its_own_value(loss_z, norm_z, skips):
     guard = UpdateGuard(loss_z, norm_z)
     draw = random.Random(6)
     for i in range(2 * WINDOW):
-        guard.objection("", 90.0 if i == 150 else draw.gauss(4, 0.1), 80.0 if i == 200 else draw.gauss(1, 0.1))
+        guard.reason_to_skip("", 90.0 if i == 150 else draw.gauss(4, 0.1), 80.0 if i == 200 else draw.gauss(1, 0.1))
     assert guard.skipped == skips
 
 
 def test_value_that_falls_is_no_outlier_and_one_that_is_constant_neither():
     guard = UpdateGuard(1.0, 1.0)
-    assert not any(guard.objection("", 4.0, 1.0) for _ in range(2 * WINDOW))
-    assert guard.objection("", 1.0, 0.5) is None
+    assert not any(guard.reason_to_skip("", 4.0, 1.0) for _ in range(2 * WINDOW))
+    assert guard.reason_to_skip("", 1.0, 0.5) is None
 
 
 def test_values_that_are_not_finite_never_pass_and_too_many_in_a_row_stop():
     guard = UpdateGuard()
     for bad in ((math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)):
         for i in range(MOST_SKIPPED - 1):
-            assert f"({i + 1} in a row" in guard.objection("step 9, a file", *bad)
-        assert guard.objection("", 1.0, 1.0) is None
+            assert f"({i + 1} in a row" in guard.reason_to_skip("step 9, a file", *bad)
+        assert guard.reason_to_skip("", 1.0, 1.0) is None
     assert guard.skipped == 3 * (MOST_SKIPPED - 1)
     assert all(math.isfinite(value) for window in guard.windows.values() for value in window)
     with pytest.raises(RunStopped, match="step 9, a file: loss is nan, as in the 19 steps before"):
         for _ in range(MOST_SKIPPED):
-            guard.objection("step 9, a file", math.nan, 1.0)
+            guard.reason_to_skip("step 9, a file", math.nan, 1.0)
 
 
 def test_guard_goes_on_from_its_state():
     draw = random.Random(7)
     values = [(draw.gauss(4, 0.1), draw.gauss(1, 0.1)) for _ in range(300)]
     whole, first, second = (UpdateGuard(2.0, 2.0) for _ in range(3))
-    objections = [whole.objection("", *pair) for pair in values]
+    reasons = [whole.reason_to_skip("", *pair) for pair in values]
     for pair in values[:140]:
-        first.objection("", *pair)
+        first.reason_to_skip("", *pair)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert [second.objection("", *pair) for pair in values[140:]] == objections[140:]
-    assert second.state_dict() == whole.state_dict() and any(objections[140:])
+    assert [second.reason_to_skip("", *pair) for pair in values[140:]] == reasons[140:]
+    assert second.state_dict() == whole.state_dict() and any(reasons[140:])
 
 
 def test_skipped_update_leaves_weights_and_moments(run_tiny, monkeypatch):
     """A run whose third update is refused, against one with a learning rate of its own that leaves that one out."""
-    objection, update, counted = UpdateGuard.objection, optim.update, []
+    reason_to_skip, update, counted = UpdateGuard.reason_to_skip, optim.update, []
 
     def refuse_third(self, where, loss, norm):
         counted.append(where)
-        return f"{where}: refused" if len(counted) == 3 else objection(self, where, loss, norm)
+        return f"{where}: refused" if len(counted) == 3 else reason_to_skip(self, where, loss, norm)
 
-    monkeypatch.setattr(UpdateGuard, "objection", refuse_third)
+    monkeypatch.setattr(UpdateGuard, "reason_to_skip", refuse_third)
     skipped = run_tiny(**FLAGS | {"num_iterations": 5})
     assert "step 3, " in skipped.screen
 
@@ -389,7 +389,7 @@ def test_deviation_is_of_the_population():
     guard = UpdateGuard(loss_z=1e9)
     values = [float(i) for i in range(WINDOW)]
     for value in values:
-        guard.objection("", value, 1.0)
+        guard.reason_to_skip("", value, 1.0)
     from training.faults import _z_score
 
     assert _z_score(guard.windows["loss"]) == pytest.approx((127 - 63.5) / statistics.pstdev(values))
