@@ -108,7 +108,7 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
         status = train(config, world, state, model, network, val_loader, log, checkpoints, watchdog, stop)
     except BadInput as error:
         checkpoints.wait()
-        raise BadInput(f"step {state.step + 1}: {error}") from error
+        raise BadInput(f"{watchdog.place}: {error}") from error
     except RunStopped as stopped:
         checkpoints.wait()
         raise RunStopped(f"{stopped}; {checkpoints.newest()}") from stopped
@@ -151,7 +151,7 @@ def train(
     peak = peak_flops(world.device_name, config.dtype, config.tensorcores)
     step_times = []
 
-    for step in range(state.step, config.num_iterations + 1):
+    for step in range(state.step, config.num_iterations + 1):  # so many updates are done
         last_step = step == config.num_iterations
         if val_loader and is_due(config.val_loss_every, step, last_step):
             watchdog.at(step, "validation")
@@ -170,7 +170,7 @@ def train(
         if config.overfit_single_batch:
             train_loader.reset()
         where = f"step {step + 1}, {train_loader.where()}"
-        batches = micro_batches(train_loader, step, watchdog)
+        batches = micro_batches(train_loader, step + 1, watchdog)
         loss = forward_backward(
             model, batches, grad_accum_steps, autocast, scaler, config.zero_stage, backward=not config.inference_only
         )
@@ -198,7 +198,7 @@ def train(
         tok_per_s = config.total_batch_size / seconds
         flops = flops_per_token(gpt.config, config.sequence_length) * (1 / 3 if config.inference_only else 1)
         metrics = {
-            "step": step,
+            "step": state.step,
             "tokens": state.tokens,
             "loss": loss,
             "norm": None if config.inference_only else norm,
@@ -212,17 +212,17 @@ def train(
         log.train(metrics)
         print0(step_line(metrics, config.num_iterations))
         if is_due(config.check_ranks_every, state.step, last_step=False):
-            watchdog.at(step, "comparing the ranks")
+            watchdog.at(state.step, "comparing the ranks")
             compare_ranks(world, state.step, state.params, {"the loader's position": train_loader.state_dict()})
         ends = interrupted or preempted or state.step == config.num_iterations
         if checkpoints.folder and (is_due(config.checkpoint_every, state.step, ends) or preempted):
-            watchdog.at(step, "saving")
+            watchdog.at(state.step, "saving")
             log.sync()  # what is on disk tells of every step up to the checkpoint, also after the power failed
             checkpoints.save(state)
         checkpoints.poll()
         if (interrupted or preempted) and state.step < config.num_iterations:
             signal_name = "Ctrl-C" if interrupted else "SIGTERM, SIGUSR1 or SIGHUP"
-            print0(f"stopped by {signal_name} after step {step + 1} of {config.num_iterations}")
+            print0(f"stopped by {signal_name} after step {state.step} of {config.num_iterations}")
             break
 
     if step_times:
@@ -344,7 +344,7 @@ def step_line(metrics: dict[str, float | None], num_iterations: int) -> str:
     mfu = "" if metrics["mfu"] is None else f" | {100 * metrics['mfu']:.1f}% MFU"
     width = len(str(num_iterations))
     return (
-        f"step {metrics['step'] + 1:>{width}}/{num_iterations} | train loss {metrics['loss']:.6f}{norm}"
+        f"step {metrics['step']:>{width}}/{num_iterations} | train loss {metrics['loss']:.6f}{norm}"
         f" | lr {metrics['lr']:.2e} | {metrics['ms']:.1f} ms | {metrics['tok_per_s']:,.0f} tok/s{mfu}"
     )
 

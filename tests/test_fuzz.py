@@ -216,7 +216,7 @@ def test_only_regular_files_in_the_folder_are_read(run, saved, model, tmp_path, 
 
 
 def open_log(folder: Path) -> None:
-    RunLog(folder).open(first_step=9)
+    RunLog(folder).open(steps_done=9)
 
 
 @pytest.mark.parametrize("read", [llmc.read_model, llmc.read_tokenizer, open_shard, load])

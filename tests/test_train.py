@@ -78,7 +78,7 @@ def test_loop_gives_the_bits_of_a_plain_one(tiny, run_tiny):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        assert got["step"] == step and got["tokens"] == 128 * (step + 1)
+        assert got["step"] == step + 1 and got["tokens"] == 128 * (step + 1)
         assert got["loss"] == pytest.approx(loss, rel=1e-6)
         assert got["norm"] == pytest.approx(norm, rel=1e-5)
         assert got["lr"] == pytest.approx(lr, rel=1e-12)
@@ -103,7 +103,7 @@ def test_run_directory_and_logs(run_tiny, tiny):
     tel, trl = "tel", "trl"
     order = [(0, tel), (0, trl), (1, trl), (2, tel), (2, trl), (3, trl), (4, tel), (4, trl), (5, tel)]
     assert kinds == [(str(step), kind) for step, kind in order]
-    assert [line["step"] for line in run.metrics] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in run.metrics] == [1, 2, 3, 4, 5]
     keys = {"step", "tokens", "loss", "norm", "lr", "ms", "tok_per_s", "mfu", "memory_mib", "skipped"}
     assert all(line.keys() == keys for line in run.metrics)
     assert all(line["mfu"] is None for line in run.metrics)  # nobody knows the peak of a CPU
@@ -114,7 +114,7 @@ def test_run_directory_and_logs(run_tiny, tiny):
     assert re.search(r"10 tensors \([\d,]+ parameters\) decay", run.screen)
     assert "mean of the last 4 steps" in run.screen
     for line in run.metrics:
-        assert f"step {line['step'] + 1}/5 | train loss {line['loss']:.6f} | norm {line['norm']:.4f}" in run.screen
+        assert f"step {line['step']}/5 | train loss {line['loss']:.6f} | norm {line['norm']:.4f}" in run.screen
 
 
 def test_validation_is_the_mean_of_the_first_batches_each_time(tiny, run_tiny):

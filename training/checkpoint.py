@@ -1,6 +1,6 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
-A checkpoint is the folder `checkpoints/step_N` of a run directory, N the number of updates done:
+A checkpoint is the folder `checkpoints/step_N` of a run directory; N updates are done, as everywhere but in main.log:
 
     __R_0.distcp, .metadata   the tensors, as torch.distributed.checkpoint lays them out: whatever number of ranks and
                               ZeRO stage wrote them, any other can read them

@@ -155,9 +155,19 @@ class Watchdog:
         self._others = [rank for rank in range(world.size) if rank != world.rank]
 
     def at(self, step: int, what: str) -> None:
-        """Say where this rank is. All ranks say the same things in the same order."""
+        """Note where this rank is. All ranks note the same places in the same order.
+
+        Args:
+            step: the update that is being made, or the last one that was.
+            what: what is being done.
+        """
         self._place = (step, self._place[1] + 1 if step == self._place[0] else 0, what)
         self._since = time.monotonic()
+
+    @property
+    def place(self) -> str:
+        """Where this rank is, in words."""
+        return _in_words(*self._place)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -205,7 +215,7 @@ class Watchdog:
     def _explain(self, error: Exception | None) -> str:
         """One line: where this rank is, what it waited for, who is missing."""
         waited = time.monotonic() - self._since
-        here = f"[rank {self.world.rank}] waited {waited:.0f} s for the other ranks at {self._name(self._place)}"
+        here = f"[rank {self.world.rank}] waited {waited:.0f} s for the other ranks at {self.place}"
         try:
             before = self._pulses()
             for _ in range(round(SILENCE_S / PULSE_S)):
@@ -218,15 +228,16 @@ class Watchdog:
         for rank in self._others:
             _, *place, ended = after.get(rank, (0.0, 0, 0, "starting", False))
             if after.get(rank) == before.get(rank) and not ended:
-                gone.append(f"rank {rank} is gone, last heard of at {self._name(place)}")
+                gone.append(f"rank {rank} is gone, last heard of at {_in_words(*place)}")
             elif tuple(place[:2]) < self._place[:2]:
-                behind.append(f"rank {rank} has not arrived, it is at {self._name(place)}")
+                behind.append(f"rank {rank} has not arrived, it is at {_in_words(*place)}")
         missing = gone or behind or ["none of them is behind"]
         reason = f" ({' '.join(str(error).split())[:160]})" if error and not (gone or behind) else ""
         return f"{here}: {'; '.join(missing)}{reason}"
 
-    def _name(self, place: tuple[int, int, str]) -> str:
-        return f"step {place[0] + 1} ({place[2]})"
+
+def _in_words(step: int, _: int, what: str) -> str:
+    return f"step {step} ({what})"
 
 
 def _is_about_other_ranks(error: RuntimeError) -> bool:

@@ -1,4 +1,8 @@
-"""What a run leaves behind: main.log, metrics.jsonl, loss.png, and TensorBoard events on request."""
+"""What a run leaves behind: main.log, metrics.jsonl, loss.png, and TensorBoard events on request.
+
+Step N is the N-th update, and the moment after it: N updates are done. Only main.log counts updates from 0, as llm.c's
+does: there, `s:N trl` is the training loss of step N + 1, and `s:N tel` the validation loss after step N.
+"""
 
 import contextlib
 import io
@@ -11,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,13 +53,13 @@ class RunLog:
         """losses in the picture"""
         self._events = None
 
-    def open(self, first_step: int = 0, tensorboard: bool = False) -> "RunLog":
-        """Go on from a step of a run that was here before; what it recorded from there on is forgotten.
+    def open(self, steps_done: int = 0, tensorboard: bool = False) -> "RunLog":
+        """Continue the records of a run after a step, without what they have of later ones.
 
-        Lines that a power failure or an editor has spoilt are left out, and a warning says how many.
+        Lines that a power failure or an editor has damaged are left out, and a warning says how many.
 
         Args:
-            first_step: that step; 0 for a new run.
+            steps_done: that step; 0 for a new run.
             tensorboard: write TensorBoard events as well.
 
         Raises:
@@ -64,24 +69,25 @@ class RunLog:
             if tensorboard:
                 summary_writer = _tensorboard_writer()
                 with self._going_on("events.out.tfevents*"):
-                    self._events = summary_writer(str(self.output_dir), purge_step=first_step)
-            self._go_on_from(first_step)
+                    # It drops the events of this step too. Its validation will be repeated; its update is added again.
+                    self._events = summary_writer(str(self.output_dir), purge_step=steps_done)
+            self._truncate(steps_done)
         return self
 
     def train(self, metrics: dict[str, float | None]) -> None:
-        """Record an update: its `step` and `loss`, and whatever else stands in `metrics`, as one line of metrics.jsonl.
+        """Record an update: its `step`, from 1, its `loss` in nats, and what else there is, as a line of metrics.jsonl.
 
         A number that is not finite becomes null, which is what JSON has for it.
         """
         step, loss = metrics["step"], metrics["loss"]
         self.train_losses.append((step, loss))
-        self._append("main.log", f"s:{step} trl:{loss:.6f}\n")
+        self._append("main.log", f"s:{step - 1} trl:{loss:.6f}\n")
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
         self._append("metrics.jsonl", json.dumps(finite) + "\n")
-        self._add_scalars(step, {f"train/{key}": value for key, value in finite.items() if key != "step"})
+        self._add_metrics(finite)
 
     def validation(self, step: int, loss: float) -> None:
-        """Record a validation loss in nats, and draw loss.png anew."""
+        """Record the validation loss after a step, in nats, and redraw loss.png."""
         self.val_losses.append((step, loss))
         self._append("main.log", f"s:{step} tel:{loss:.6f}\n")
         self._add_scalars(step, {"validation/loss": loss})
@@ -133,23 +139,37 @@ class RunLog:
             with self._going_on("events.out.tfevents*"):
                 self._events.close()
 
-    def _go_on_from(self, first_step: int) -> None:
-        """Cut off the lines of steps that are to come, and what is no whole line; remember the others' losses."""
-        for name, parse in (("main.log", _parse_main), ("metrics.jsonl", _parse_metrics)):
-            content, kept, spoilt = self._content(name), bytearray(), 0
-            for line in io.BytesIO(content):
-                parsed = parse(line)
-                if parsed is None:
-                    spoilt += 1
-                elif parsed[0] < first_step:
-                    kept += line
-                    if parsed[1]:
-                        (self.train_losses if parsed[1] == "trl" else self.val_losses).append((parsed[0], parsed[2]))
-            if spoilt:
-                print0(f"warning: {self.output_dir / name}: lines that cannot be read are left out: {spoilt}")
-            if kept != content:
+    def _truncate(self, steps_done: int) -> None:
+        """Cut off lines of what will be repeated, and damaged ones; remember the losses of the others."""
+        found = {
+            name: [(line, parse(line)) for line in io.BytesIO(self._content(name))]
+            for name, parse in (("main.log", _parse_main), ("metrics.jsonl", _parse_metrics))
+        }
+        updates, steps = (
+            [parsed.step for _, parsed in lines if parsed and parsed.kind != "tel"] for lines in found.values()
+        )
+        if steps_done and steps and (steps[0] == 0 or steps == [step - 1 for step in updates]):
+            raise BadInput(
+                f"{self.output_dir / 'metrics.jsonl'} counts steps from 0, as earlier versions did; move it away"
+            )
+        for name, lines in found.items():
+            content = bytearray()
+            for line, parsed in lines:
+                # The validation after the last step is still to come.
+                if steps_done and parsed and parsed.step <= steps_done - (parsed.kind == "tel"):
+                    content += line
+                    if parsed.kind == "trl":
+                        self.train_losses.append((parsed.step, parsed.loss))
+                    elif parsed.kind == "tel":
+                        self.val_losses.append((parsed.step, parsed.loss))
+                    elif parsed.step == steps_done:
+                        self._add_metrics(json.loads(line))
+            damaged = sum(parsed is None for _, parsed in lines)
+            if damaged:
+                print0(f"warning: {self.output_dir / name}: lines that cannot be read are left out: {damaged}")
+            if len(content) < sum(len(line) for line, _ in lines):
                 with atomic_write(self.output_dir / name) as file:
-                    file.write(kept)
+                    file.write(content)
 
     def _content(self, name: str) -> bytes:
         path = self.output_dir / name
@@ -167,6 +187,10 @@ class RunLog:
             with self._going_on(name), open(self.output_dir / name, "ab", buffering=0) as file:
                 while self._waiting[name]:  # the last write to a disk that gets full may take a part
                     self._waiting[name] = self._waiting[name][file.write(self._waiting[name]) :]
+
+    def _add_metrics(self, metrics: dict[str, Any]) -> None:
+        step = metrics["step"]
+        self._add_scalars(step, {f"train/{key}": value for key, value in metrics.items() if key != "step"})
 
     def _add_scalars(self, step: int, scalars: dict[str, float | None]) -> None:
         if self._events:
@@ -191,18 +215,27 @@ class RunLog:
             self._refused.add(name)
 
 
-def _parse_main(line: bytes) -> tuple[int, str, float] | None:
-    """(step, trl or tel, loss) of a line of main.log; None where it is not a whole one."""
+class _Line(NamedTuple):
+    """A line of a log."""
+
+    kind: str
+    """trl or tel, as llm.c calls training and validation losses, or metrics"""
+    step: int
+    loss: float = math.nan
+
+
+def _parse_main(line: bytes) -> _Line | None:
+    """A line of main.log; None where it is damaged."""
     match = re.fullmatch(rb"s:([0-9]{1,18}) (trl|tel):(-?[0-9]{1,40}\.[0-9]{6}|-?inf|nan)\n", line)
-    return (int(match[1]), match[2].decode(), float(match[3])) if match else None
+    return _Line(match[2].decode(), int(match[1]) + (match[2] == b"trl"), float(match[3])) if match else None
 
 
-def _parse_metrics(line: bytes) -> tuple[int, None, None] | None:
-    """(step, None, None) of a line of metrics.jsonl; None where it is not a whole one."""
+def _parse_metrics(line: bytes) -> _Line | None:
+    """A line of metrics.jsonl; None where it is damaged."""
     if not line.endswith(b"\n") or len(line) > LONGEST_LINE:
         return None
     try:
-        return require(parse_json(line), {"step": integer()})["step"], None, None
+        return _Line("metrics", require(parse_json(line), {"step": integer()})["step"])
     except ValueError:
         return None
 

@@ -114,7 +114,7 @@ def test_cut_and_resumed_on_ranks(start_ranks, run_ranks, ranks, zero_stage):
     flags = FLAGS | {"zero_stage": zero_stage, "checkpoint_every": 2, "num_iterations": 12}
     flags["batch_size"] = STRIDE // ranks
     whole = run_ranks(ranks, **flags)
-    for at in (4, 9):
+    for at in (5, 10):
         processes, cut = start_ranks(
             ranks, die_after, (at,), **flags, resume="auto", output_dir=f"{whole.output_dir}_cut"
         )
@@ -293,7 +293,7 @@ def test_run_of_another_configuration_is_refused_field_by_field(run_tiny, capsys
         assert difference in line
     assert "warmup_iters" not in line
     run = run_tiny(**other, resume=whole.output_dir, resume_override=1, checkpoint_every=5)
-    assert [line["step"] for line in run.metrics] == list(range(20, 30))
+    assert [line["step"] for line in run.metrics] == list(range(21, 31))
     tokens = [line["tokens"] for line in whole.metrics + run.metrics]
     assert tokens == [256 * (n + 1) for n in range(20)] + [20 * 256 + 512 * (n + 1) for n in range(10)]
     again = run_tiny(**other, resume=run.output_dir / "checkpoints" / "step_25")
@@ -427,7 +427,7 @@ def test_auto_begins_a_run_and_goes_on_with_one_that_had_no_checkpoint(run_tiny,
     first = run_tiny(**FLAGS, resume="auto", checkpoint_every=50)
     shutil.rmtree(first.output_dir / "checkpoints")
     again = run_tiny(**FLAGS, resume="auto", output_dir=first.output_dir)
-    assert [line["step"] for line in again.metrics] == list(range(20))
+    assert [line["step"] for line in again.metrics] == list(range(1, 21))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine").write_text("mine")
     with pytest.raises(SystemExit):
@@ -455,7 +455,7 @@ def test_training_goes_on_while_one_save_is_under_way(run_tiny, monkeypatch):
 
     def slow_line(self, metrics):
         train_line(self, metrics)
-        events.append(("step", metrics["step"] + 1))
+        events.append(("step", metrics["step"]))
         time.sleep(0.1)
 
     monkeypatch.setattr(checkpoint._Writer, "write_data", slow_write)
@@ -576,13 +576,13 @@ def test_preempted_run_saves_and_goes_on_as_if_nothing_had_been(run_ranks, momen
     assert same_weights(again, whole)
 
 
-def hold_at_step_4(rank: int, folder: Path) -> None:
-    """Say that step 4 is reached, and wait until told to go on."""
+def hold_at_step_5(rank: int, folder: Path) -> None:
+    """Say that step 5 is reached, and wait until told to go on."""
     train_line = RunLog.train
 
     def line(self, metrics):
         train_line(self, metrics)
-        if metrics["step"] == 4 and rank == 0:
+        if metrics["step"] == 5 and rank == 0:
             (folder / "there").touch()
             while not (folder / "go").exists():
                 time.sleep(0.02)
@@ -595,7 +595,7 @@ def test_second_run_in_one_folder_is_refused_and_the_first_goes_on(start_ranks, 
     """As when a job is queued again while the machine still runs it."""
     flags = FLAGS | {"batch_size": STRIDE // 2, "checkpoint_every": 2, "resume": "auto"}
     whole = run_ranks(2, **flags)
-    processes, first = start_ranks(2, hold_at_step_4, (tmp_path,), **flags)
+    processes, first = start_ranks(2, hold_at_step_5, (tmp_path,), **flags)
     while not (tmp_path / "there").exists():
         time.sleep(0.02)
     second, _ = start_ranks(2, **flags | {"output_dir": first.output_dir})
@@ -698,7 +698,7 @@ def interrupt_at_step_4(rank: int) -> None:
 
     def line(self, metrics):
         train_line(self, metrics)
-        if metrics["step"] == 3:
+        if metrics["step"] == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
     RunLog.train = line
@@ -728,7 +728,7 @@ def test_four_ranks_then_two_then_four_read_every_sequence_once_in_order(run_ran
     T, total = 16, 8 * 16
     read = []
     flags = {"num_iterations": 10, "batch_size": 2, "total_batch_size": total, "shuffle": shuffle}
-    for ranks, stop_after in ((4, 2), (2, 5), (4, 99)):
+    for ranks, stop_after in ((4, 3), (2, 6), (4, 99)):
         folder = tmp_path / f"{len(read)}"
         folder.mkdir()
         run_ranks(ranks, keep_tokens, (folder, stop_after), **flags, output_dir=tmp_path / "elastic", resume="auto")

@@ -164,7 +164,7 @@ def test_run_that_is_not_finite_any_more_stops_and_leaves_the_last_good_checkpoi
     newest = run.output_dir / "checkpoints" / "step_22"
     assert line.endswith(f"the newest checkpoint is {newest}")
     again = run_ranks(2, **(flags | {"num_iterations": 100}), resume=newest, output_dir=f"{run.output_dir}_on")
-    assert again.metrics[0]["step"] == 22 and math.isfinite(again.losses[0])
+    assert again.metrics[0]["step"] == 23 and math.isfinite(again.losses[0])
 
 
 def test_target_out_of_range_in_a_later_shard(start_ranks, tiny, tmp_path):
@@ -182,7 +182,7 @@ def test_target_out_of_range_in_a_later_shard(start_ranks, tiny, tmp_path):
         for line in processes.errors.strip().splitlines():
             assert f"{tmp_path / 'shard_1.bin'}: token 700 has the id 61" in line
             if not shuffle:
-                assert re.match(r"train.py \[rank \d\]: step 4: ", line), line
+                assert re.match(r"train.py \[rank \d\]: step 4 \(reading data\): ", line), line
         if not shuffle:
             assert len(run.metrics) == 3 and (run.output_dir / "checkpoints" / "step_3").is_dir()
 
@@ -193,7 +193,7 @@ def diverge(rank: int, what: str) -> None:
 
     def line(self, metrics):
         train_line(self, metrics)
-        if metrics["step"] == 2 and rank == 2:
+        if metrics["step"] == 3 and rank == 2:
             if what == "weights":
                 with torch.no_grad():
                     STATES[0].params["transformer.h.1.mlp.c_fc.bias"].view(-1)[5] += 1e-6
@@ -289,7 +289,7 @@ def test_torchrun_starts_again_from_the_newest_checkpoint(tiny, tmp_path, run_ra
         "line, attempt = RunLog.train, int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
         "def record(self, metrics):\n"
         "    line(self, metrics)\n"
-        "    if attempt == 0 and metrics['step'] == 8 and os.environ['RANK'] == '1':\n"
+        "    if attempt == 0 and metrics['step'] == 9 and os.environ['RANK'] == '1':\n"
         f"        while not os.path.exists({str(tmp_path / 'restarted/checkpoints/step_6')!r}):\n"
         "            time.sleep(0.01)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
