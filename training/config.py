@@ -23,9 +23,9 @@ LARGEST = 1e12
 def flag(
     default: Any,
     group: str,
-    help: str,
     *,
     decides: bool,
+    help: str,
     cpu: Any = None,
     cuda: Any = None,
     least: float = 0,
@@ -35,24 +35,24 @@ def flag(
     """A field of Config that is a flag of the same name. All that is known of the flag stands here.
 
     Args:
-        default: None where it is not known before `Config.resolved`.
+        default: None where it follows the device, or is not known before `Config.resolved`.
         group: under which --help lists it.
+        decides: whether it decides what a run computes, so that a resumed run has to have the same value. There is no
+            default: a new flag has to be classed.
         help: its documentation, a sentence.
-        decides: whether it decides what a run computes, so that a resumed run has to share it. There is no default: a
-            new flag has to be classed.
-        cpu: the default on a CPU or on mps, for a flag whose default is None.
-        cuda: the same on an NVIDIA GPU.
-        least: the smallest number that is taken.
+        cpu: the default on a CPU and on mps, where it follows the device.
+        cuda: the default on an NVIDIA GPU.
+        least: the smallest number allowed.
         most: the largest; None for the largest of its type.
-        choices: all values that are taken, where those are few.
+        choices: all values allowed, where those are few.
     """
-    facts = {"group": group, "help": help, "decides": decides, "least": least, "most": most, "choices": choices}
+    facts = {"group": group, "decides": decides, "help": help, "least": least, "most": most, "choices": choices}
     return dataclasses.field(default=default, metadata=facts | {"by_device": {"cpu": cpu, "mps": cpu, "cuda": cuda}})
 
 
-def switch(group: str, help: str, *, decides: bool) -> Any:
+def switch(group: str, *, decides: bool, help: str) -> Any:
     """A flag that is 0 or 1, and 0 unless it is given."""
-    return flag(0, group, help, decides=decides, choices=(0, 1))
+    return flag(0, group, decides=decides, help=help, choices=(0, 1))
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -96,190 +96,102 @@ class Config:
         BadInput: a value is impossible whatever the device and the model.
     """
 
-    model: str = flag(
-        None,
-        "model",
-        "What to train: nano, d12, d24, d36 or d48 (random weights); gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub "
-        "name or a folder of transformers (pretrained); a .bin file of llm.c or a run directory.",
-        decides=False,  # the network's shape is compared instead
-        cpu="nano",
-        cuda="d12",
-    )
-    backend: str = flag(
-        None,
-        "model",
-        "What computes the ops: triton or eager, and exceptions by op, as in triton,attention=eager (default: triton "
-        "on a GPU, eager elsewhere).",
-        decides=False,
-    )
-    flash: int = switch(
-        "model",
-        "How eager attention is computed: 1 by scaled_dot_product_attention, 0 explicitly; 1 is refused where "
-        "attention is a Triton kernel.",
-        decides=False,
-    )
+    # fmt: off
+    model: str = flag(None, "model", decides=False, cpu="nano", cuda="d12",  # the network's shape is compared instead
+        help="What to train: nano, d12, d24, d36 or d48 (random weights); gpt2, gpt2-medium, gpt2-large, gpt2-xl, a "
+        "hub name or a folder of transformers (pretrained); a .bin file of llm.c or a run directory.")
+    backend: str = flag(None, "model", decides=False,
+        help="What computes the ops: triton or eager, and exceptions by op, as in triton,attention=eager (default: "
+        "triton on a GPU, eager elsewhere).")
+    flash: int = switch("model", decides=False,
+        help="How eager attention is computed: 1 by scaled_dot_product_attention, 0 explicitly; 1 is refused where "
+        "attention is a Triton kernel.")
 
-    input_bin: str | None = flag(
-        None,
-        "data",
-        "Glob of the training shards (default: the embedded corpus, tokenised on first use).",
-        decides=False,  # the shards are compared instead
-    )
-    input_val_bin: str | None = flag(
-        None,
-        "data",
-        'Glob of the validation shards; "" for none (default: none, or the embedded corpus\'s own).',
-        decides=False,
-    )
-    shuffle: int = switch(
-        "data",
-        "1 reads shards and sequences in an order drawn for each epoch, the same for any number of ranks; 0 in the "
-        "order on disk, as llm.c.",
-        decides=True,
-    )
-    overfit_single_batch: int = switch(
-        "data", "1 trains on the first batch over and over, to see the loss fall.", decides=True
-    )
+    input_bin: str | None = flag(None, "data", decides=False,  # the shards are compared instead
+        help="Glob of the training shards (default: the embedded corpus, tokenised on first use).")
+    input_val_bin: str | None = flag(None, "data", decides=False,
+        help='Glob of the validation shards; "" for none (default: none, or the embedded corpus\'s own).')
+    shuffle: int = switch("data", decides=True,
+        help="1 reads shards and sequences in an order drawn for each epoch, the same for any number of ranks; 0 in "
+        "the order on disk, as llm.c.")
+    overfit_single_batch: int = switch("data", decides=True,
+        help="1 trains on the first batch over and over, to see the loss fall.")
 
-    batch_size: int = flag(
-        None, "batch", "Sequences in a micro-batch of one rank, B.", decides=False, cpu=8, cuda=4, least=1
-    )
-    sequence_length: int = flag(None, "batch", "Tokens in a sequence, T.", decides=True, cpu=128, cuda=1024, least=1)
-    total_batch_size: int = flag(
-        None,
-        "batch",
-        "Tokens per update over all ranks, a multiple of B*T*ranks; rounded up to one if it is not given.",
-        decides=True,
-        cpu=1024,
-        cuda=16384,
-        least=1,
-    )
+    batch_size: int = flag(None, "batch", decides=False, cpu=8, cuda=4, least=1,
+        help="Sequences in a micro-batch of one rank, B.")
+    sequence_length: int = flag(None, "batch", decides=True, cpu=128, cuda=1024, least=1,
+        help="Tokens in a sequence, T.")
+    total_batch_size: int = flag(None, "batch", decides=True, cpu=1024, cuda=16384, least=1,
+        help="Tokens per update over all ranks, a multiple of B*T*ranks; rounded up to one if it is not given.")
 
-    num_iterations: int = flag(200, "optimisation", "Number of updates.", decides=True)
-    learning_rate: float = flag(None, "optimisation", "Peak learning rate.", decides=True, cpu=2e-3, cuda=6e-4)
-    warmup_iters: int = flag(0, "optimisation", "Updates over which the learning rate rises linearly.", decides=True)
-    learning_rate_decay_frac: float = flag(
-        1.0,
-        "optimisation",
-        "Fraction of the learning rate at which the cosine ends; 1 keeps it constant.",
-        decides=True,
-    )
-    weight_decay: float = flag(
-        0.0, "optimisation", "AdamW's decay of the tensors of two or more dimensions.", decides=True
-    )
-    grad_clip: float = flag(1.0, "optimisation", "Largest norm of the gradient; 0 does not clip.", decides=True)
-    skip_loss_z: float = flag(
-        0.0,
-        "optimisation",
-        "Skip an update whose loss is more than this many standard deviations above the mean of the last 128; 0 skips "
-        "only losses that are not finite.",
-        decides=True,
-    )
-    skip_norm_z: float = flag(
-        0.0,
-        "optimisation",
-        "The same for the norm of the gradient before it is clipped.",
-        decides=True,
-    )
+    num_iterations: int = flag(200, "optimisation", decides=True,
+        help="Number of updates.")
+    learning_rate: float = flag(None, "optimisation", decides=True, cpu=2e-3, cuda=6e-4,
+        help="Peak learning rate.")
+    warmup_iters: int = flag(0, "optimisation", decides=True,
+        help="Updates over which the learning rate rises linearly.")
+    learning_rate_decay_frac: float = flag(1.0, "optimisation", decides=True,
+        help="Fraction of the learning rate at which the cosine ends; 1 keeps it constant.")
+    weight_decay: float = flag(0.0, "optimisation", decides=True,
+        help="AdamW's decay of the tensors of two or more dimensions.")
+    grad_clip: float = flag(1.0, "optimisation", decides=True,
+        help="Largest norm of the gradient; 0 does not clip.")
+    skip_loss_z: float = flag(0.0, "optimisation", decides=True,
+        help="Skip an update whose loss is more than this many standard deviations above the mean of the last 128; 0 "
+        "skips only losses that are not finite.")
+    skip_norm_z: float = flag(0.0, "optimisation", decides=True,
+        help="The same for the norm of the gradient before it is clipped.")
 
-    val_loss_every: int = flag(
-        None,
-        "evaluation",
-        "Steps between validations; 0 for none (default: 50 where there are validation shards).",
-        decides=False,
-    )
-    val_max_steps: int = flag(20, "evaluation", "Batches of a validation, on each rank.", decides=False, least=1)
-    sample_every: int | None = flag(
-        None,
-        "evaluation",
-        "Steps between samples; 0 for none (default: 100 for GPT-2's vocabulary).",
-        decides=False,
-    )
-    inference_only: int = switch("evaluation", "1 measures forward passes only; nothing is trained.", decides=False)
-    check: int = switch(
-        "evaluation",
-        "1 compares the backend with eager on one batch, op by op and parameter by parameter, and exits with 1 if one "
-        "is off; nothing is trained or written.",
-        decides=False,
-    )
+    val_loss_every: int = flag(None, "evaluation", decides=False,
+        help="Steps between validations; 0 for none (default: 50 where there are validation shards).")
+    val_max_steps: int = flag(20, "evaluation", decides=False, least=1,
+        help="Batches of a validation, on each rank.")
+    sample_every: int | None = flag(None, "evaluation", decides=False,
+        help="Steps between samples; 0 for none (default: 100 for GPT-2's vocabulary).")
+    inference_only: int = switch("evaluation", decides=False,
+        help="1 measures forward passes only; nothing is trained.")
+    check: int = switch("evaluation", decides=False,
+        help="1 compares the backend with eager on one batch, op by op and parameter by parameter, and exits with 1 if "
+        "one is off; nothing is trained or written.")
 
-    device: str = flag("", "machine", "cuda, mps or cpu (default: the first of them that is there).", decides=False)
-    dtype: str = flag(
-        "float32",
-        "machine",
-        "Type of the matmuls; below float32, autocast around the forward pass.",
-        decides=True,
-        choices=("float32", "float16", "bfloat16"),
-    )
-    tensorcores: int = switch("machine", "1 lets float32 matmuls round their inputs to TF32.", decides=False)
-    compile: int = switch("machine", "1 compiles the model with torch.compile.", decides=False)
-    recompute: int = flag(
-        0,
-        "machine",
-        "What the backward pass recomputes instead of saving it: 0 nothing, 1 GELUs, 2 also LayerNorms.",
-        decides=False,
-        choices=(0, 1, 2),
-    )
-    zero_stage: int = flag(
-        0,
-        "machine",
-        "What is sharded over the ranks of torchrun: 0 nothing, 1 the optimizer state, 2 also gradients, 3 also "
-        "parameters.",
-        decides=False,
-        choices=(0, 1, 2, 3),
-    )
-    timeout_s: int = flag(
-        600,
-        "machine",
-        "Seconds that a rank waits for the others before it gives up and says why.",
-        decides=False,
-        least=1,
-        most=10**9,  # torch counts nanoseconds in 64 bits
-    )
-    check_ranks_every: int = flag(
-        0,
-        "machine",
-        "Steps between comparisons of the ranks' weights, which stop the run where they differ; 0 for none.",
-        decides=False,
-    )
+    device: str = flag("", "machine", decides=False,
+        help="cuda, mps or cpu (default: the first of them that is there).")
+    dtype: str = flag("float32", "machine", decides=True, choices=("float32", "float16", "bfloat16"),
+        help="Type of the matmuls; below float32, autocast around the forward pass.")
+    tensorcores: int = switch("machine", decides=False,
+        help="1 lets float32 matmuls round their inputs to TF32.")
+    compile: int = switch("machine", decides=False,
+        help="1 compiles the model with torch.compile.")
+    recompute: int = flag(0, "machine", decides=False, choices=(0, 1, 2),
+        help="What the backward pass recomputes instead of saving it: 0 nothing, 1 GELUs, 2 also LayerNorms.")
+    zero_stage: int = flag(0, "machine", decides=False, choices=(0, 1, 2, 3),
+        help="What is sharded over the ranks of torchrun: 0 nothing, 1 the optimizer state, 2 also gradients, 3 also "
+        "parameters.")
+    timeout_s: int = flag(600, "machine", decides=False, least=1, most=10**9,  # torch counts nanoseconds in 64 bits
+        help="Seconds that a rank waits for the others before it gives up and says why.")
+    check_ranks_every: int = flag(0, "machine", decides=False,
+        help="Steps between comparisons of the ranks' weights, which stop the run where they differ; 0 for none.")
 
-    checkpoint_every: int = flag(
-        0,
-        "checkpoints",
-        "Steps between checkpoints; 0 saves only when SIGTERM, SIGUSR1 or SIGHUP ends the run.",
-        decides=False,
-    )
-    keep: int = flag(2, "checkpoints", "How many of the newest checkpoints are kept.", decides=False, least=1)
-    keep_every: int = flag(
-        0,
-        "checkpoints",
-        "Checkpoints of steps that are a multiple of this are kept as well; 0 for none.",
-        decides=False,
-    )
-    resume: str = flag(
-        "0",
-        "checkpoints",
-        "auto resumes from the newest intact checkpoint in --output_dir, or starts from scratch if it has none; a "
+    checkpoint_every: int = flag(0, "checkpoints", decides=False,
+        help="Steps between checkpoints; 0 saves only when SIGTERM, SIGUSR1 or SIGHUP ends the run.")
+    keep: int = flag(2, "checkpoints", decides=False, least=1,
+        help="How many of the newest checkpoints are kept.")
+    keep_every: int = flag(0, "checkpoints", decides=False,
+        help="Checkpoints of steps that are a multiple of this are kept as well; 0 for none.")
+    resume: str = flag("0", "checkpoints", decides=False,
+        help="auto resumes from the newest intact checkpoint in --output_dir, or starts from scratch if it has none; a "
         "path resumes from that checkpoint, or from the newest of that run directory, and writes to the same run "
-        "directory unless --output_dir names a new folder; 0 starts from scratch.",
-        decides=False,
-    )
-    resume_override: int = switch(
-        "checkpoints", "1 resumes although data order, batch or schedule differ from the checkpoint's.", decides=False
-    )
+        "directory unless --output_dir names a new folder; 0 starts from scratch.")
+    resume_override: int = switch("checkpoints", decides=False,
+        help="1 resumes although data order, batch or schedule differ from the checkpoint's.")
 
-    output_dir: str | None = flag(
-        None,
-        "output",
-        'Folder for everything that the run writes; "" writes nothing (default: a new one under runs/).',
-        decides=False,
-    )
-    write_tensors: int = switch(
-        "output", "1 writes the first weights, a debug state and the tokenizer in llm.c's formats.", decides=False
-    )
-    tensorboard: int = switch(
-        "output", "1 writes TensorBoard events too (needs the extra: tensorboard).", decides=False
-    )
+    output_dir: str | None = flag(None, "output", decides=False,
+        help='Folder for everything that the run writes; "" writes nothing (default: a new one under runs/).')
+    write_tensors: int = switch("output", decides=False,
+        help="1 writes the first weights, a debug state and the tokenizer in llm.c's formats.")
+    tensorboard: int = switch("output", decides=False,
+        help="1 writes TensorBoard events too (needs the extra: tensorboard).")
+    # fmt: on
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -41,7 +41,7 @@ def test_help_lists_every_flag_in_groups_with_a_sentence(capsys):
 def test_no_flag_is_left_unclassed():
     """A resumed run is compared with the one before by the flags that decide."""
     with pytest.raises(TypeError, match="decides"):
-        flag(0, "machine", "A new one.")
+        flag(0, "machine", help="A new one.")
     assert all(type(field.metadata["decides"]) is bool for field in dataclasses.fields(Config))
     assert set(Config().deciding()) == {
         *("shuffle", "overfit_single_batch", "sequence_length", "total_batch_size", "num_iterations", "learning_rate"),
