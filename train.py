@@ -1,7 +1,6 @@
 """Pretrain GPT-2: `python train.py` trains on the spot, `torchrun --nproc_per_node 8 train.py ...` on many GPUs.
 
-`python train.py --help` lists the flags. The loop is `train`, below; everything before it sets up, everything after
-it is what the loop calls.
+`python train.py --help` lists the flags. `run` sets up, `train` is the loop, and what these two call follows.
 """
 
 import contextlib
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitStack) -> int:
-    """Set everything up, train, and leave the results in the run directory, which is `held` against other runs."""
+    """Set up, train, and write the results to the run directory, which stays locked until `held` is closed."""
     given = config
     stop = StopRequest().install()
     torch.manual_seed(SEED)  # on every device, the same on every rank
@@ -217,7 +216,7 @@ def train(
         ends = interrupted or preempted or state.step == config.num_iterations
         if checkpoints.folder and (is_due(config.checkpoint_every, state.step, ends) or preempted):
             watchdog.at(state.step, "saving")
-            log.sync()  # what is on disk tells of every step up to the checkpoint, also after the power failed
+            log.sync()  # the logs on disk have every step up to the checkpoint, even after a power failure
             checkpoints.save(state)
         checkpoints.poll()
         if (interrupted or preempted) and state.step < config.num_iterations:
@@ -239,7 +238,7 @@ def is_due(every: int, step: int, last_step: bool) -> bool:
 
 
 def micro_batches(loader: ShardLoader, step: int, watchdog: Watchdog) -> Iterator[Batch]:
-    """The batches to come, read when they are asked for; the watchdog is told what this rank is doing."""
+    """The next batches, each read when it is asked for. The watchdog learns what this rank is doing."""
     while True:
         watchdog.at(step, "reading data")
         batch = loader.next_batch()
@@ -268,14 +267,14 @@ def sample(gpt: GPT, device: torch.device) -> str:
 
 
 def check_backend(config: Config, world: World, gpt: GPT, loader: ShardLoader) -> int:
-    """Check the backend on the first batch of every rank; return the exit status, 1 where a rank found it off."""
+    """Check the backend on the first batch of every rank. Returns the exit status: 1 if any rank found an error."""
     x, y = loader.next_batch()
     right = check(gpt.to(world.device), x, y, getattr(torch, config.dtype))
     return 0 if distributed.mean(torch.tensor(float(right), device=world.device), world) == 1 else 1
 
 
 def check_against_model(config: Config, gpt: GPT) -> Config:
-    """Refuse what this network cannot do, and decide on samples, which need GPT-2's vocabulary."""
+    """Refuse what this network cannot do, and turn samples on if it has GPT-2's vocabulary."""
     if config.sequence_length > gpt.config.block_size:
         raise BadInput(
             f"--sequence_length {config.sequence_length} is longer than the block_size {gpt.config.block_size} of "
@@ -293,7 +292,7 @@ def check_against_model(config: Config, gpt: GPT) -> Config:
 
 
 def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoader, ShardLoader | None]:
-    """Open the shards, of the embedded corpus if none were named, and return what was chosen with the loaders."""
+    """Open the shards, by default the embedded corpus's. Returns (config with their names, training, validation)."""
     if config.input_bin is None:
         distributed.on_main(world, prepare_pydoc)
         folder = prepare_pydoc()
@@ -321,7 +320,7 @@ def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoad
 
 
 def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader, resumed: Path | None) -> None:
-    """Say what is about to be trained, on what, with what."""
+    """Print the model, the data, the batch and the device."""
     decaying, others = (group["params"] for group in optim.parameter_groups(gpt, config.weight_decay))
     print0(
         f"model {config.model}: {gpt.config.num_params():,} parameters | "
@@ -331,7 +330,7 @@ def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader, resume
     print0(f"data {config.input_bin}: {loader.total_tokens:,} tokens in {len(loader.files)} shards")
     print0(
         f"batch: {config.batch_size} × {config.sequence_length} tokens × {world.size} ranks × "
-        f"{config.grad_accum_steps(world.size)} micro-steps = {config.total_batch_size:,} tokens an update"
+        f"{config.grad_accum_steps(world.size)} micro-steps = {config.total_batch_size:,} tokens per update"
     )
     print0(f"device {world.device_name} | backend {config.backend} | dtype {config.dtype} | torch {torch.__version__}")
     if resumed:
@@ -339,7 +338,7 @@ def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader, resume
 
 
 def step_line(metrics: dict[str, float | None], num_iterations: int) -> str:
-    """What the screen shows of an update."""
+    """The line on the screen for an update."""
     norm = "" if metrics["norm"] is None else f" | norm {metrics['norm']:.4f}"
     mfu = "" if metrics["mfu"] is None else f" | {100 * metrics['mfu']:.1f}% MFU"
     width = len(str(num_iterations))

@@ -304,7 +304,7 @@ def huge_index_in_metadata(folder: Path, marker: Path) -> None:
         (path_in_metadata("../outside.distcp"), "is no file of tensors"),
         (path_in_metadata("absolute"), "is no file of tensors"),
         (transform_in_metadata, "is no file of tensors"),
-        (part_left_out_of_metadata, "are not the whole of it"),
+        (part_left_out_of_metadata, "do not add up to it"),
         (huge_index_in_metadata, "leaves out indices"),
     ],
 )
@@ -325,7 +325,7 @@ def test_sums_name_no_file_elsewhere(saved, tmp_path):
     (tmp_path / "outside").write_text("secret")
     with open(folder / "SHA256SUMS", "a") as file:
         file.write(f"{hashlib.sha256(b'secret').hexdigest()}  ../outside\n")
-    assert "lines that are no sums" in refusal(resume, folder)
+    assert "lines that are not sums" in refusal(resume, folder)
 
 
 CODE = "import pathlib; pathlib.Path({marker!r}).touch()\n"

@@ -1,6 +1,6 @@
-"""Ranks: who this process is, what it computes on, how a network is spread over them, and how they agree.
+"""Ranks: which one this process is, its device, how the network is parallelized over them, and how they agree.
 
-The loop is the same for one process and for many: with one rank, every function here is what it says and no more.
+The loop is the same for one process and for many: with one rank, these functions do nothing but the obvious.
 """
 
 import os
@@ -23,16 +23,16 @@ from model.gpt import GPT
 
 DEVICES = ("cuda", "mps", "cpu")
 TIMEOUT_S = 600
-"""how long a rank waits for the others, unless told otherwise"""
+"""how long a rank waits for the others by default"""
 
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""what torchrun tells a rank by environment variables"""
+"""environment variables that torchrun sets for each rank"""
 
 T = TypeVar("T")
 
 
 class RunStopped(Exception):
-    """A run that cannot go on. The message is one line that says where and why, and what is left."""
+    """A run that cannot continue. The message is one line that says where, why, and from where to resume."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class World:
     distributed: bool
     """True under torchrun, also with a single rank"""
     store: dist.Store | None = None
-    """what the ranks can write to and read from at any time; None where there is one process"""
+    """shared by the ranks, to be read and written at any time; None for one process"""
     timeout_s: int = TIMEOUT_S
     restarts: int = 0
     """how often torchrun has restarted the ranks, after one of them failed"""
     max_restarts: int = 0
-    """how often it would"""
+    """how often it would at most"""
     torchrun_id: str = ""
     """which torchrun started this rank; a restart of the ranks does not change it"""
 
@@ -71,11 +71,11 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
 
     Args:
         device: "cuda", "cuda:1", "mps", "cpu", or "" for the first kind that is there.
-        zero_stage: what is going to be sharded; anything above 0 takes ranks.
+        zero_stage: what will be sharded; anything above 0 needs torchrun.
         timeout_s: how long a rank waits for the others before it gives up.
 
     Raises:
-        BadInput: no such device here, a ZeRO stage outside torchrun, or half of what torchrun tells its ranks.
+        BadInput: no such device here, a ZeRO stage without torchrun, or a part of torchrun's variables.
         RunStopped: a rank did not start in time.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -118,7 +118,7 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
         timeout = timedelta(seconds=timeout_s)
         try:
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-            # The store of torchrun outlives the ranks, and with it what those before a restart wrote.
+            # torchrun's store outlives the ranks: without a prefix, they would read what ranks before a restart wrote.
             store = dist.PrefixStore(f"attempt_{restarts}", store)
             dist.init_process_group(
                 "nccl" if kind == "cuda" else "gloo",
@@ -137,10 +137,10 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
 
 
 def _of_environment(name: str, default: int) -> int:
-    """A count that torchrun gives its ranks; an empty variable counts as none.
+    """A count from torchrun's variables; the default if it is missing or empty.
 
     Raises:
-        BadInput: it is no count.
+        BadInput: it is not a count.
     """
     text = os.environ.get(name) or str(default)
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
@@ -155,7 +155,7 @@ def stop(world: World) -> None:
 
 
 def wait_for_device(world: World) -> None:
-    """Wait until the GPU has done what it was asked for."""
+    """Wait until the GPU is idle."""
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
 
@@ -167,10 +167,10 @@ def barrier(world: World) -> None:
 
 
 def on_main(world: World, function: Callable[[], T]) -> T:
-    """Call a function on the one rank that prints and writes, and give what it returned, or raised, to all of them.
+    """Call a function on rank 0, and return its result on every rank.
 
     Raises:
-        BadInput: the function did; on every rank, so that none waits for one that has ended.
+        BadInput: the function raised it; on every rank, so that none waits for one that has ended.
     """
     if not world.distributed:
         return function()
@@ -187,7 +187,7 @@ def on_main(world: World, function: Callable[[], T]) -> T:
 
 
 def gather(world: World, value: T) -> list[T]:
-    """What each rank gave, by rank, on every rank."""
+    """The values of all ranks, by rank, on every rank."""
     if not world.distributed:
         return [value]
     values: list = [None] * world.size
@@ -196,14 +196,14 @@ def gather(world: World, value: T) -> list[T]:
 
 
 def parallelize(gpt: GPT, world: World, zero_stage: int, dtype: str, compile: bool) -> tuple[torch.nn.Module, ...]:
-    """Prepare a network, which is on the device, for all ranks.
+    """Parallelize a network over the ranks.
 
     Args:
-        gpt: sharded in place at stages 2 and 3 (ZeRO, https://arxiv.org/abs/1910.02054), left as it is below.
+        gpt: on the device; sharded in place at stages 2 and 3 (ZeRO, https://arxiv.org/abs/1910.02054).
         world: the ranks.
         zero_stage: 0 and 1, DistributedDataParallel; 2, FSDP2 that keeps parameters between forward and backward; 3,
             FSDP2 that frees them.
-        dtype: what the matmuls compute in.
+        dtype: of the matmuls.
         compile: with torch.compile.
 
     Returns:
@@ -216,7 +216,7 @@ def parallelize(gpt: GPT, world: World, zero_stage: int, dtype: str, compile: bo
     if not world.distributed:
         return network, network
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
-    # Gradients live in the buckets that are reduced, and not in a copy beside them.
+    # Gradients are views of the buckets that are reduced, which saves a copy.
     return DistributedDataParallel(network, device_ids=device_ids, gradient_as_bucket_view=True), network
 
 
@@ -224,20 +224,20 @@ def shard(gpt: GPT, zero_stage: int, dtype: str, compile: bool) -> None:
     """Apply FSDP2. The unit is a block: its matrices and their biases are gathered and freed together.
 
     What autocast computes in fp32 stays in fp32: LayerNorms and embeddings belong to the root, with the tied matrix,
-    which autocast casts for the logits as it does without sharding. A block's matrices travel in `dtype`, as autocast
-    would cast them, and gradients are reduced in fp32.
+    which autocast casts for the logits as it does without sharding. A block's matrices are gathered in `dtype`, as
+    autocast would cast them, and gradients are reduced in fp32.
     """
     low = None if dtype == "float32" else getattr(torch, dtype)
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     frees = zero_stage == 3
     for block in gpt.transformer.h:
-        if compile:  # below the hooks that gather and free, which torch.compile cannot look into
+        if compile:  # inside the hooks that gather and free, which torch.compile cannot trace
             block.attn.forward = torch.compile(block.attn.forward, fullgraph=True)
             block.mlp.forward = torch.compile(block.mlp.forward, fullgraph=True)
         fully_shard([block.attn, block.mlp], reshard_after_forward=frees, mp_policy=policy)
     root_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(gpt, reshard_after_forward=frees, mp_policy=root_policy)
-    # It warns that a view must not be changed in place; nothing here changes an activation in place.
+    # It warns against changing a view in place, which nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
@@ -252,7 +252,7 @@ def warm_up_ddp(model: torch.nn.Module, world: World, shape: tuple[int, int], au
         model: from `parallelize`; without DDP nothing happens.
         world: the ranks.
         shape: (B, T) of the batches to come, so that nothing is compiled for another.
-        autocast: what forward passes run in.
+        autocast: the context of forward passes.
     """
     if isinstance(model, DistributedDataParallel) and world.size > 2:
         idx = torch.zeros(shape, dtype=torch.int64, device=world.device)
@@ -263,7 +263,7 @@ def warm_up_ddp(model: torch.nn.Module, world: World, shape: tuple[int, int], au
 
 
 def synchronise_gradients(model: torch.nn.Module, now: bool, zero_stage: int) -> None:
-    """Say whether the next forward and backward average the gradients, or leave them to accumulate on each rank."""
+    """Set whether the next forward and backward average the gradients or accumulate them on each rank."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
     elif isinstance(model, FSDPModule):
@@ -273,12 +273,12 @@ def synchronise_gradients(model: torch.nn.Module, now: bool, zero_stage: int) ->
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be sharded. Every rank has to ask for it."""
+    """A tensor that may be sharded, put together. Every rank has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class FullWeights(Mapping[str, torch.Tensor]):
-    """Parameters by name, each put together from its shards when it is looked up, so that no more than one is whole at
+    """Parameters by name. Each is put together from its shards when it is looked up, so that there is one full copy at
     a time. Every rank has to look up the same names in the same order."""
 
     def __init__(self, params: Mapping[str, torch.Tensor]):
@@ -295,7 +295,7 @@ class FullWeights(Mapping[str, torch.Tensor]):
 
 
 def mean(values: torch.Tensor, world: World) -> torch.Tensor:
-    """The mean over the ranks of a small tensor on the world's device, the same bits on every rank."""
+    """The mean over the ranks of a small tensor on the device, bitwise identical on every rank."""
     if world.distributed:
         values = values.clone()
         dist.all_reduce(values)
@@ -304,10 +304,10 @@ def mean(values: torch.Tensor, world: World) -> torch.Tensor:
 
 
 class StopRequest:
-    """Signals that ask the run to end after the step at hand.
+    """Signals that ask the run to end after the current step.
 
     Ctrl-C (SIGINT) interrupts; a second one ends the process at once. SIGTERM and SIGUSR1, which schedulers send before
-    they take the machine away, and SIGHUP, which a terminal sends when it is closed, preempt: the run saves first.
+    they take the machine away, and SIGHUP, which a closing terminal sends, preempt: the run saves first.
     """
 
     def __init__(self) -> None:
@@ -317,7 +317,7 @@ class StopRequest:
     def install(self) -> "StopRequest":
         """Listen from now on."""
         signal.signal(signal.SIGINT, self._on_interrupt)
-        for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):  # Windows has the first alone
+        for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):  # Windows has only the first
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._on_preemption)

@@ -32,14 +32,14 @@ LONGEST_LINE = 1 << 16
 
 
 class RunLog:
-    """Records of one run, written as they come in, so that whatever stops the run leaves everything before it.
+    """Records of one run, written as they come in, so that they are complete up to whatever stops the run.
 
-    What cannot be written, because the disk is full or the folder was taken away, is no reason to stop a run: a warning
-    says so, and lines are kept until there is room for them. Nor is whatever fails in matplotlib or TensorBoard.
+    A full disk or a missing folder does not stop the run: a warning is printed, and lines wait until they can be
+    written. Nor does any failure in matplotlib or TensorBoard.
 
     Args:
-        output_dir: an existing folder, or None to keep nothing.
-        title: what loss.png is headed with.
+        output_dir: an existing folder, or None to write nothing.
+        title: of loss.png.
     """
 
     def __init__(self, output_dir: Path | None, title: str = ""):
@@ -50,26 +50,27 @@ class RunLog:
         self.train_losses: list[tuple[int, float]] = []
         self.val_losses: list[tuple[int, float]] = []
         self._drawn = 0
-        """losses in the picture"""
+        """number of losses in the picture"""
         self._events = None
 
     def open(self, steps_done: int = 0, tensorboard: bool = False) -> "RunLog":
-        """Continue the records of a run after a step, without what they have of later ones.
+        """Continue the records of a run, truncated to the steps that are done.
 
         Lines that a power failure or an editor has damaged are left out, and a warning says how many.
 
         Args:
-            steps_done: that step; 0 for a new run.
+            steps_done: 0 for a new run.
             tensorboard: write TensorBoard events as well.
 
         Raises:
-            BadInput: what an earlier run left cannot be read or cut, or tensorboard is not installed.
+            BadInput: earlier logs cannot be read or truncated, or tensorboard is not installed.
         """
         if self.output_dir:
             if tensorboard:
                 summary_writer = _tensorboard_writer()
-                with self._going_on("events.out.tfevents*"):
-                    # It drops the events of this step too. Its validation will be repeated; its update is added again.
+                with self._warning("events.out.tfevents*"):
+                    # It drops the events of the last step too: `_truncate` adds those of the update again, and the
+                    # validation will be repeated.
                     self._events = summary_writer(str(self.output_dir), purge_step=steps_done)
             self._truncate(steps_done)
         return self
@@ -98,18 +99,18 @@ class RunLog:
         n_losses = len(self.train_losses) + len(self.val_losses)
         if not self.output_dir or n_losses == self._drawn:
             return
-        with self._going_on("loss.png"), warnings.catch_warnings(), atomic_write(self.output_dir / "loss.png") as file:
-            warnings.simplefilter("ignore")  # of glyphs that the font lacks
+        with self._warning("loss.png"), warnings.catch_warnings(), atomic_write(self.output_dir / "loss.png") as file:
+            warnings.simplefilter("ignore")  # about glyphs that the font lacks
             figure = self._figure()
             figure.savefig(file, format="png", dpi=120)
             self._drawn = n_losses
 
-    def _figure(self):
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot keep its cache of fonts
-        from matplotlib.figure import Figure  # here, because settings of the user's may make the import fail
+    def _figure(self) -> Any:
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if it cannot write its cache of fonts
+        from matplotlib.figure import Figure  # here, because the user's settings may make the import fail
 
         figure = Figure(figsize=(8, 4.5))
-        axes = figure.add_axes((0.08, 0.12, 0.9, 0.8))  # a layout that is computed takes as long as the rest
+        axes = figure.add_axes((0.08, 0.12, 0.9, 0.8))  # computing a layout takes as long as the rest
         if self.train_losses:
             axes.plot(*zip(*self.train_losses, strict=True), color="tab:blue", linewidth=1, label="training")
         if self.val_losses:
@@ -117,30 +118,30 @@ class RunLog:
             step, loss = self.val_losses[-1]
             axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="right")
         axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
-        title = self.title.encode(errors="backslashreplace").decode()  # a path may hold bytes that are no UTF-8
+        title = self.title.encode(errors="backslashreplace").decode()  # a path may not be UTF-8
         axes.set_title(title, parse_math=False)
         axes.grid(alpha=0.3)
         axes.legend()
         return figure
 
     def sync(self) -> None:
-        """Make the lines outlast a power failure."""
+        """Make the lines survive a power failure."""
         for name in self._waiting:
             if self.output_dir:
-                with self._going_on(name), open(self.output_dir / name, "ab") as file:
+                with self._warning(name), open(self.output_dir / name, "ab") as file:
                     os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Draw the last picture and flush what was not written yet."""
+        """Draw the last picture and write the lines that wait."""
         self.draw()
         for name in self._waiting:
             self._append(name, "")
         if self._events:
-            with self._going_on("events.out.tfevents*"):
+            with self._warning("events.out.tfevents*"):
                 self._events.close()
 
     def _truncate(self, steps_done: int) -> None:
-        """Cut off lines of what will be repeated, and damaged ones; remember the losses of the others."""
+        """Drop damaged lines, and those of steps that will be repeated; keep the losses of the others for loss.png."""
         found = {
             name: [(line, parse(line)) for line in io.BytesIO(self._content(name))]
             for name, parse in (("main.log", _parse_main), ("metrics.jsonl", _parse_metrics))
@@ -184,8 +185,8 @@ class RunLog:
     def _append(self, name: str, lines: str) -> None:
         if self.output_dir:
             self._waiting[name] += lines.encode()
-            with self._going_on(name), open(self.output_dir / name, "ab", buffering=0) as file:
-                while self._waiting[name]:  # the last write to a disk that gets full may take a part
+            with self._warning(name), open(self.output_dir / name, "ab", buffering=0) as file:
+                while self._waiting[name]:  # the last write before a disk is full may be partial
                     self._waiting[name] = self._waiting[name][file.write(self._waiting[name]) :]
 
     def _add_metrics(self, metrics: dict[str, Any]) -> None:
@@ -194,14 +195,14 @@ class RunLog:
 
     def _add_scalars(self, step: int, scalars: dict[str, float | None]) -> None:
         if self._events:
-            with self._going_on("events.out.tfevents*"):
+            with self._warning("events.out.tfevents*"):
                 for name, value in scalars.items():
                     if value is not None:
                         self._events.add_scalar(name, value, step)
 
     @contextlib.contextmanager
-    def _going_on(self, name: str) -> Iterator[None]:
-        """Warn of a file that cannot be written, whatever the reason, once, until it can be again."""
+    def _warning(self, name: str) -> Iterator[None]:
+        """Turn any exception into a warning, once per file until it can be written again."""
         try:
             with write_errors(self.output_dir / name):
                 yield
@@ -211,7 +212,7 @@ class RunLog:
                 reason = str(error)
                 if not isinstance(error, BadInput):
                     reason = f"cannot write {self.output_dir / name}: {type(error).__name__}: {error}"
-                print0(f"warning: {' '.join(reason.split())}; the run goes on")
+                print0(f"warning: {' '.join(reason.split())}; the run continues")
             self._refused.add(name)
 
 
@@ -240,11 +241,11 @@ def _parse_metrics(line: bytes) -> _Line | None:
         return None
 
 
-def _tensorboard_writer():
+def _tensorboard_writer() -> type:
     """The class that writes TensorBoard events."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except Exception as error:  # also versions of protobuf and NumPy that it does not go with
+    except Exception as error:  # such as incompatible versions of protobuf and NumPy
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise BadInput(
             f"--tensorboard 1 needs tensorboard ({reason}): pip install -e '.[tensorboard]', or leave it out"
@@ -253,10 +254,7 @@ def _tensorboard_writer():
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Most memory held at once so far, in MiB: torch's allocations on CUDA, the process's resident set elsewhere.
-
-    None where the operating system does not tell.
-    """
+    """Peak memory so far in MiB: torch's allocations on CUDA, the process's resident set elsewhere; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:

@@ -21,7 +21,7 @@ from training import checkpoint, distributed
 from training.checkpoint import TrainState
 from training.config import Config, Resume, shell_path
 from training.distributed import World
-from training.saved import read_state, said
+from training.saved import read_state, why
 
 RUN_CONFIG = "config.json"
 
@@ -74,7 +74,7 @@ def torchrun_id_of(config: Path) -> str | None:
     try:
         return read_json(config, {"launch?": text(".{0,1000}")}).get("launch")
     except (OSError, ValueError) as error:
-        raise BadInput(f"{config} cannot be used: {said(error)}; name another --output_dir") from error
+        raise BadInput(f"{config} cannot be used: {why(error)}; name another --output_dir") from error
 
 
 def find_checkpoint(

@@ -70,7 +70,7 @@ def test_whatever_fails_in_a_picture_or_in_events_is_one_warning(tmp_path, monke
     log.close()
     names = ("events.out.tfevents*", "loss.png")
     told = [f"warning: cannot write {tmp_path / name}: OverflowError: too many points" for name in names]
-    assert capfd.readouterr() == ("".join(f"{line}; the run goes on\n" for line in told), "")
+    assert capfd.readouterr() == ("".join(f"{line}; the run continues\n" for line in told), "")
     assert len((tmp_path / "main.log").read_text().splitlines()) == 6
     assert {path.name for path in tmp_path.iterdir()} == {"main.log", "metrics.jsonl"}
 
@@ -97,7 +97,7 @@ def test_full_disk_is_told_of_and_lines_wait(tmp_path, capsys):
     assert main.read_text().splitlines() == [f"s:{line}:1.000000" for line in order]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     told = f"warning: cannot write {main}: No space left on device; free some space or choose another place"
-    assert capsys.readouterr().out.splitlines() == [f"{told}; the run goes on"] * 2
+    assert capsys.readouterr().out.splitlines() == [f"{told}; the run continues"] * 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
