@@ -5,6 +5,7 @@ the file, and turns either into one line.
 """
 
 import errno
+import io
 import json
 import os
 import re
@@ -12,13 +13,13 @@ import reprlib
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 JSON_LIMIT = 16 << 20
 """bytes; parsed, JSON takes up to 25 times as much memory"""
 
 
-def open_regular(path: str | Path, follow: bool = False, limit: int | None = None) -> BinaryIO:
+def open_regular(path: str | Path, follow: bool = False, limit: int | None = None) -> io.BufferedReader:
     """Open a regular file for reading: a FIFO would block, and a device may have no end.
 
     Args:

@@ -232,9 +232,9 @@ def train(
     return INTERRUPTED if state.step < config.num_iterations and not preempted else 0
 
 
-def is_due(every: int, step: int, last_step: bool) -> bool:
-    """True on every `every`-th step and on the last; never where `every` is 0."""
-    return every > 0 and (step % every == 0 or last_step)
+def is_due(every: int | None, step: int, last_step: bool) -> bool:
+    """True on every `every`-th step and on the last; never if `every` is 0."""
+    return bool(every) and (step % every == 0 or last_step)
 
 
 def micro_batches(loader: ShardLoader, step: int, watchdog: Watchdog) -> Iterator[Batch]:
@@ -293,11 +293,12 @@ def check_against_model(config: Config, gpt: GPT) -> Config:
 
 def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoader, ShardLoader | None]:
     """Open the shards, by default the embedded corpus's. Returns (config with their names, training, validation)."""
-    if config.input_bin is None:
+    train_pattern, val_pattern = config.input_bin, config.input_val_bin
+    if train_pattern is None:
         distributed.on_main(world, prepare_pydoc)
         folder = prepare_pydoc()
-        val = shard_pattern(folder, "val") if config.input_val_bin is None else config.input_val_bin
-        config = dataclasses.replace(config, input_bin=shard_pattern(folder, "train"), input_val_bin=val)
+        train_pattern = shard_pattern(folder, "train")
+        val_pattern = shard_pattern(folder, "val") if val_pattern is None else val_pattern
 
     def loader(pattern: str, shuffle_seed: int | None = None) -> ShardLoader:
         return ShardLoader(
@@ -311,12 +312,12 @@ def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoad
             shuffle_seed=shuffle_seed,
         )
 
-    train_loader = loader(config.input_bin, SEED if config.shuffle else None)
-    val_loader = loader(config.input_val_bin) if config.input_val_bin else None
+    train_loader = loader(train_pattern, SEED if config.shuffle else None)
+    val_loader = loader(val_pattern) if val_pattern else None
     for repeated in (train_loader.repeated(), train_loader.repeated(val_loader) if val_loader else None):
         if repeated:
             print0(f"warning: {repeated}")
-    return config, train_loader, val_loader
+    return dataclasses.replace(config, input_bin=train_pattern, input_val_bin=val_pattern), train_loader, val_loader
 
 
 def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader, resumed: Path | None) -> None:

@@ -21,7 +21,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,7 +56,7 @@ class TrainState:
     """What changes during a run."""
 
     gpt: GPT
-    params: dict[str, torch.Tensor]
+    params: Mapping[str, torch.Tensor]
     """its parameters by name, the tied matrix once; below stage 2 whole, above this rank's shards"""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -142,7 +142,7 @@ class Checkpoints:
         self.folder = run_dir / FOLDER if run_dir else None
         self.world, self.metadata = world, metadata
         self.keep, self.keep_every = keep, keep_every
-        self._saving: tuple[int, Future] | None = None
+        self._saving: tuple[int, Any] | None = None  # a step, and a Future
         self.failed = False
         """whether the last finished save failed"""
         on_cuda = world.device.type == "cuda"
@@ -287,7 +287,7 @@ class _Writer(dcp.FileSystemWriter):
         future.set_result([_Summed(r.index, r.size_in_bytes, r.storage_data, sums) for r in results])
         return future
 
-    def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
+    def finish(self, metadata: Any, results: list[list[Any]]) -> None:
         super().finish(metadata, results)
         part = Path(self.path)
         _write(part / STATE, self.state)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -90,6 +90,8 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
     if index and not (kind == "cuda" and is_number and int(index) < torch.cuda.device_count()):
         raise BadInput(f"--device {device}: there is no such device here; leave the number out")
 
+    number = int(index or 0)
+
     rank, local_rank, size = (_of_environment(*given) for given in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     distributed = bool(os.environ.get("LOCAL_RANK")) or size > 1
     missing = [name for name in OF_A_RANK if not os.environ.get(name)]
@@ -108,8 +110,8 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
     if distributed and kind == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise BadInput(f"--nproc_per_node asks for more ranks than the {torch.cuda.device_count()} GPUs here")
-        index = local_rank
-    chosen = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
+        number = local_rank
+    chosen = torch.device(kind, number) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(chosen)
     restarts, max_restarts = (_of_environment(f"TORCHELASTIC_{n}", 0) for n in ("RESTART_COUNT", "MAX_RESTARTS"))
@@ -212,7 +214,7 @@ def parallelize(gpt: GPT, world: World, zero_stage: int, dtype: str, compile: bo
     if zero_stage >= 2:
         shard(gpt, zero_stage, dtype, compile)
         return gpt, gpt
-    network = torch.compile(gpt, fullgraph=True) if compile else gpt
+    network: Any = torch.compile(gpt, fullgraph=True) if compile else gpt
     if not world.distributed:
         return network, network
     device_ids = [world.local_rank] if world.device.type == "cuda" else None

@@ -10,6 +10,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -42,7 +43,9 @@ class UpdateGuard:
 
     def __init__(self, loss_z: float = 0.0, norm_z: float = 0.0):
         self.limits = {"loss": loss_z, "norm": norm_z}
-        self.windows = {name: collections.deque(maxlen=WINDOW) for name in self.limits}
+        self.windows: dict[str, collections.deque[float]] = {
+            name: collections.deque(maxlen=WINDOW) for name in self.limits
+        }
         self.skipped = 0
         """updates skipped so far, for any reason"""
         self.in_a_row = 0
@@ -151,7 +154,7 @@ class Watchdog:
         self._since = time.monotonic()
         self._ended = False
         self._over = threading.Event()
-        self._store = world.store.clone() if world.store else None
+        self._store: Any = world.store.clone() if world.store else None
         self._others = [rank for rank in range(world.size) if rank != world.rank]
 
     def at(self, step: int, what: str) -> None:

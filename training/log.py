@@ -75,7 +75,7 @@ class RunLog:
             self._truncate(steps_done)
         return self
 
-    def train(self, metrics: dict[str, float | None]) -> None:
+    def train(self, metrics: dict[str, Any]) -> None:
         """Record an update: its `step`, from 1, its `loss` in nats, and what else there is, as a line of metrics.jsonl.
 
         A number that is not finite becomes null, which is what JSON has for it.

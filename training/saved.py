@@ -77,7 +77,7 @@ _IS_NUMPY_RNG = Check(
 )
 
 # The schema of state.json; see `require`.
-_FIELDS = {
+_FIELDS: dict[str, Any] = {
     "step": integer(),
     "tokens?": integer(),  # the first checkpoints have none
     "loader": {

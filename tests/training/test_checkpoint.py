@@ -25,8 +25,15 @@ from data.shards import open_shard
 from model.gpt import GPT
 from model.llmc import write_model
 from tests.conftest import TINY, command_line
-from tests.training.conftest import assert_weights_agree, everything_in, same_weights, weights_of
-from training import checkpoint, distributed
+from tests.training.conftest import (
+    after_each_step,
+    assert_weights_agree,
+    before_each_save,
+    everything_in,
+    same_weights,
+    weights_of,
+)
+from training import checkpoint
 from training.log import RunLog
 
 STRIDE = 8
@@ -94,15 +101,13 @@ def test_saving_leaves_the_run_as_it_was(run_tiny, dtype):
 
 def die_after(rank: int, step: int) -> None:
     """kill -9 to all ranks between two steps, when the checkpoint of the last is under way."""
-    train_line = RunLog.train
 
-    def record_and_die(self, metrics):
-        train_line(self, metrics)
-        if metrics["step"] == step:
+    def die(done: int) -> None:
+        if done == step:
             time.sleep(0.3 * rank)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    RunLog.train = record_and_die
+    after_each_step(die)
 
 
 @pytest.mark.parametrize(("ranks", "zero_stage"), [(4, 0), (2, 1), (2, 2), (2, 3)])
@@ -529,7 +534,7 @@ def preempt(rank: int, moment: str, number: int) -> None:
     """Send a signal to the last rank at a moment of the seventh step."""
     if rank == 0:
         return
-    next_batch, validate, write = ShardLoader.next_batch, train.validate, checkpoint._Writer.write_data
+    next_batch, validate = ShardLoader.next_batch, train.validate
     batches = []
 
     def on_batch(self):
@@ -546,13 +551,13 @@ def preempt(rank: int, moment: str, number: int) -> None:
         del batches[seen:]
         return loss
 
-    def on_write(self, plan, planner):
-        if moment == "save" and self.folder.name == "step_6":
+    def on_save(step: int) -> None:
+        if moment == "save" and step == 6:
             os.kill(os.getpid(), number)
             time.sleep(0.2)
-        return write(self, plan, planner)
 
-    ShardLoader.next_batch, train.validate, checkpoint._Writer.write_data = on_batch, on_validation, on_write
+    ShardLoader.next_batch, train.validate = on_batch, on_validation
+    before_each_save(on_save)
 
 
 @pytest.mark.parametrize(
@@ -578,16 +583,14 @@ def test_preempted_run_saves_and_goes_on_as_if_nothing_had_been(run_ranks, momen
 
 def hold_at_step_5(rank: int, folder: Path) -> None:
     """Say that step 5 is reached, and wait until told to go on."""
-    train_line = RunLog.train
 
-    def line(self, metrics):
-        train_line(self, metrics)
-        if metrics["step"] == 5 and rank == 0:
+    def hold(step: int) -> None:
+        if step == 5 and rank == 0:
             (folder / "there").touch()
             while not (folder / "go").exists():
                 time.sleep(0.02)
 
-    RunLog.train = line
+    after_each_step(hold)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="folders have locks on Linux")
@@ -612,10 +615,10 @@ def test_second_run_in_one_folder_is_refused_and_the_first_goes_on(start_ranks, 
 def preempt_on_a_full_disk(rank: int) -> None:
     preempt(rank, "step", int(signal.SIGTERM))
 
-    def write(self, plan, planner):
+    def refuse(step: int) -> None:
         raise OSError(28, "No space left on device")
 
-    checkpoint._Writer.write_data = write
+    before_each_save(refuse)
 
 
 def test_preempted_run_that_could_not_save_does_not_end_well(start_ranks):
@@ -638,21 +641,8 @@ def test_signal_in_the_last_step_changes_nothing(run_ranks):
 
 def stall_in_step_4(rank: int) -> None:
     """Let the last rank write for longer than the others wait."""
-    write = checkpoint._Writer.write_data
-
-    def slow_write(self, plan, planner):
-        if rank == 1 and self.folder.name == "step_4":
-            time.sleep(6)
-        return write(self, plan, planner)
-
-    checkpoint._Writer.write_data = slow_write
-    train_line = RunLog.train
-
-    def slow_line(self, metrics):
-        train_line(self, metrics)
-        time.sleep(2)  # the save ends, on both ranks, before the next
-
-    RunLog.train = slow_line
+    before_each_save(lambda step: time.sleep(6 if rank == 1 and step == 4 else 0))
+    after_each_step(lambda step: time.sleep(2))  # the save ends, on both ranks, before the next
 
 
 def test_save_after_one_that_timed_out_is_written(run_ranks):
@@ -683,43 +673,36 @@ def interrupt_twice(rank: int) -> None:
     """Once the save of step 2 is under way, which would take a minute."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def write(self, plan, planner):
+    def interrupt(step: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(2)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    checkpoint._Writer.write_data = write
+    before_each_save(interrupt)
 
 
 def interrupt_at_step_4(rank: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    train_line = RunLog.train
-
-    def line(self, metrics):
-        train_line(self, metrics)
-        if metrics["step"] == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    RunLog.train = line
+    after_each_step(lambda step: step == 4 and os.kill(os.getpid(), signal.SIGINT))
 
 
 def keep_tokens(rank: int, folder: Path, stop_after: int) -> None:
     """Write what this rank reads to `folder`, a row a sequence, and preempt the run after so many steps."""
-    next_batch, train_line, reads = ShardLoader.next_batch, RunLog.train, []
+    next_batch, reads = ShardLoader.next_batch, []
 
     def read(self):
         x, y = next_batch(self)
         reads.append(torch.cat([x, y[:, -1:]], dim=1))
         return x, y
 
-    def line(self, metrics):
-        train_line(self, metrics)
+    def keep(step: int) -> None:
         torch.save(torch.stack(reads), folder / f"tokens_{rank}.pt")
-        if metrics["step"] == stop_after and rank == 0:
+        if step == stop_after and rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    ShardLoader.next_batch, RunLog.train = read, line
+    ShardLoader.next_batch = read
+    after_each_step(keep)
 
 
 @pytest.mark.parametrize("shuffle", [0, 1])
@@ -745,10 +728,3 @@ def test_four_ranks_then_two_then_four_read_every_sequence_once_in_order(run_ran
         order = [x[0].tolist() + y[0, -1:].tolist() for x, y in (one.next_batch() for _ in range(len(read)))]
         assert len({tuple(row) for row in order}) == len(order)
     assert read == order[: len(read)]
-
-
-def test_barrier_and_broadcast_do_nothing_without_ranks():
-    world = distributed.World(0, 0, 1, torch.device("cpu"), distributed=False)
-    assert distributed.gather(world, 3) == [3]
-    with pytest.raises(BadInput):
-        distributed.on_main(world, lambda: (_ for _ in ()).throw(BadInput("no")))

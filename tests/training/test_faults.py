@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -22,11 +21,10 @@ from data.loader import ShardLoader
 from data.shards import write_shard
 from model.gpt import GPT
 from tests.conftest import ROOT, Run, command_line, torchrun
-from tests.training.conftest import everything_in, same_weights, weights_of
+from tests.training.conftest import after_each_step, everything_in, same_weights, weights_of
 from training import optim
 from training.distributed import RunStopped
 from training.faults import MOST_SKIPPED, WINDOW, UpdateGuard
-from training.log import RunLog
 
 FLAGS = {"batch_size": 4, "total_batch_size": 256, "num_iterations": 8, "val_loss_every": 0}
 
@@ -189,11 +187,9 @@ def test_target_out_of_range_in_a_later_shard(start_ranks, tiny, tmp_path):
 
 def diverge(rank: int, what: str) -> None:
     """Let rank 2 of four part from the others after the third step."""
-    train_line = RunLog.train
 
-    def line(self, metrics):
-        train_line(self, metrics)
-        if metrics["step"] == 3 and rank == 2:
+    def part(step: int) -> None:
+        if step == 3 and rank == 2:
             if what == "weights":
                 with torch.no_grad():
                     STATES[0].params["transformer.h.1.mlp.c_fc.bias"].view(-1)[5] += 1e-6
@@ -202,7 +198,7 @@ def diverge(rank: int, what: str) -> None:
 
     run_train = train.train
     train.train = lambda config, world, state, *rest: (STATES.append(state), run_train(config, world, state, *rest))[1]
-    RunLog.train = line
+    after_each_step(part)
 
 
 STATES: list = []
@@ -383,13 +379,3 @@ def test_killed_at_random_moments(tmp_path):
 def test_killed_at_fifty_random_moments(tmp_path, zero_stage):
     counts = chaos(tmp_path, kills=50, seed=zero_stage, n_ranks=2, zero_stage=zero_stage)
     assert counts["kills"] == 50 and counts["in a save"] > 10 and counts["of one rank"] > 10
-
-
-def test_deviation_is_of_the_population():
-    guard = UpdateGuard(loss_z=1e9)
-    values = [float(i) for i in range(WINDOW)]
-    for value in values:
-        guard.reason_to_skip("", value, 1.0)
-    from training.faults import _z_score
-
-    assert _z_score(guard.windows["loss"]) == pytest.approx((127 - 63.5) / statistics.pstdev(values))

@@ -151,22 +151,6 @@ def test_line_that_was_written_in_part_is_finished_later(tmp_path, capsys):
     assert (tmp_path / "main.log").read_text() == "".join(f"s:{step} trl:1.000000\n" for step in range(3))
 
 
-@pytest.mark.parametrize(
-    "junk", [b"\0" * 40 + b"\n", b"\xff\xfe\n", b'{"step": 1, "los{"step": 1, "loss": 1.0}\n', b"{}\n"]
-)
-def test_what_a_crash_left_of_a_line_is_cut(tmp_path, junk):
-    log = RunLog(tmp_path).open()
-    log.train({"step": 1, "loss": 1.0})
-    log.train({"step": 2, "loss": 1.0})
-    for name in ("main.log", "metrics.jsonl"):
-        first, second = (tmp_path / name).read_bytes().splitlines(keepends=True)
-        (tmp_path / name).write_bytes(first + junk + second)
-    RunLog(tmp_path).open(steps_done=2)
-    assert (tmp_path / "main.log").read_text() == "s:0 trl:1.000000\ns:1 trl:1.000000\n"
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
-
-
 NUL = b"\0" * 40
 
 
@@ -182,6 +166,7 @@ NUL = b"\0" * 40
                 b"s:1 trl:x",
                 b"s:1 trl:1e5",
                 b"s:x trl:1.000000",
+                b"\xff\xfe",
                 b"s:\xd9\xa3 trl:1.000000",
                 NUL + b"s:1",
             ],
@@ -193,7 +178,7 @@ NUL = b"\0" * 40
                 b'{"step": %s}' % step
                 for step in (b"null", b'"1"', b"-1", b"true", b"1.0", b"NaN", b"1e999", b"9" * 5000)
             ]
-            + [NUL, b"[]", b"1", b'{"loss": 1.0}', b'{"step": 1', b"[" * 100_000],
+            + [NUL, b"[]", b"1", b"{}", b'{"step": 1', b'{"step": 1, "los{"step": 1, "loss": 1.0}', b"[" * 100_000],
         ),
     ],
 )
@@ -208,7 +193,7 @@ def test_spoilt_lines_are_left_out_and_counted(tmp_path, capsys, name, good, spo
     assert capsys.readouterr().out == ""
 
 
-def train_steps(log: RunLog, steps: range, **more: float) -> None:
+def train_steps(log: RunLog, steps: range, **more: float | None) -> None:
     """A validation before the first of these updates and after each."""
     for step in steps:
         log.validation(step - 1, 1.0 + step) if step == steps.start else None
@@ -243,31 +228,20 @@ def test_metrics_that_count_from_0_are_not_mixed_with_others(tmp_path, first):
     assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "main.log").read_text() == ""
 
 
-def test_events_of_a_resumed_run_have_every_step_once(tmp_path):
+def test_events_have_every_step_once_after_a_resume_and_a_start_from_scratch(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for steps_done in (0, 3):
+    for steps_done in (0, 3, 0):
         log = RunLog(tmp_path).open(steps_done, tensorboard=True)
-        train_steps(log, range(steps_done + 1, steps_done + 5), norm=0.5)
+        train_steps(log, range(steps_done + 1, steps_done + 5), norm=0.5, mfu=None)
         log.close()
         time.sleep(1.1)  # events are ordered by files that are named by the second
-    events = EventAccumulator(str(tmp_path)).Reload()
-    for name in ("train/loss", "train/norm"):
-        assert [event.step for event in events.Scalars(name)] == list(range(1, 8))
-    assert [event.step for event in events.Scalars("validation/loss")] == list(range(8))
-
-
-def test_events_of_a_run_from_scratch_replace_the_old_ones(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for _ in range(2):
-        log = RunLog(tmp_path).open(tensorboard=True)
-        log.train({"step": 1, "loss": 1.0})
-        log.close()
-        time.sleep(1.1)  # events are ordered by files that are named by the second
-    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")] == [1]
+        events = EventAccumulator(str(tmp_path)).Reload()
+        assert set(events.Tags()["scalars"]) == {"train/loss", "train/norm", "validation/loss"}
+        for name in ("train/loss", "train/norm"):
+            assert [event.step for event in events.Scalars(name)] == list(range(1, steps_done + 5))
+        assert [event.step for event in events.Scalars("validation/loss")] == list(range(steps_done + 5))
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
@@ -283,18 +257,6 @@ def test_tensorboard_missing_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(BadInput, match=r"--tensorboard 1 .*pip install"):
         RunLog(tmp_path).open(tensorboard=True)
-
-
-def test_tensorboard_gets_every_metric(tmp_path):
-    pytest.importorskip("tensorboard")
-    log = RunLog(tmp_path).open(tensorboard=True)
-    log.train({"step": 1, "loss": 1.0, "norm": 2.0, "mfu": None})
-    log.validation(0, 3.0)
-    log.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "train/norm", "validation/loss"}
 
 
 def test_peak_memory_counts_what_was_held():
