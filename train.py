@@ -150,7 +150,7 @@ def train(
     peak = peak_flops(world.device_name, config.dtype, config.tensorcores)
     step_times = []
 
-    for step in range(state.step, config.num_iterations + 1):  # so many updates are done
+    for step in range(state.step, config.num_iterations + 1):  # the number of updates done
         last_step = step == config.num_iterations
         if val_loader and is_due(config.val_loss_every, step, last_step):
             watchdog.at(step, "validation")
@@ -247,7 +247,9 @@ def micro_batches(loader: ShardLoader, step: int, watchdog: Watchdog) -> Iterato
 
 
 @torch.no_grad()
-def validate(network: torch.nn.Module, loader: ShardLoader, autocast, config: Config, world: World) -> float:
+def validate(
+    network: torch.nn.Module, loader: ShardLoader, autocast: torch.autocast, config: Config, world: World
+) -> float:
     """Mean loss in nats of the first `val_max_steps` batches, over all ranks."""
     loader.reset()
     total = torch.zeros((), device=world.device)

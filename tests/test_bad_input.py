@@ -90,6 +90,7 @@ def test_sequence_longer_than_the_block(refused):
         ({"--model": "runs/not_there"}, ["--model runs/not_there"]),
         ({"--model": "./not_there"}, ["--model ./not_there"]),
         ({"--dtype": "float64"}, ["--dtype", "float32"]),
+        ({"--resume": "nowhere"}, ["--resume nowhere: no checkpoint there"]),
         ({"--device": "tpu"}, ["--device tpu", "cuda"]),
         ({"--zero_stage": 1}, ["--zero_stage 1", "torchrun"]),
         ({"--sample_every": 1}, ["--sample_every", "61"]),

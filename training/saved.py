@@ -307,24 +307,14 @@ def _read_metadata(folder: Path) -> tuple[Metadata, dict[MetadataIndex, _Place]]
     return Metadata(dict(tensors)), places
 
 
-_METADATA_CLASSES = "torch.distributed.checkpoint.metadata"
 # The names in `.metadata`, of torch 2.11 to 2.13 and Python 3.11 to 3.14. They are not imported.
+_CLASSES = "Metadata TensorStorageMetadata TensorProperties ChunkStorageMetadata MetadataIndex StorageMeta"
 _PICKLED = (
-    *(
-        f"{_METADATA_CLASSES}.{name}"
-        for name in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "TensorProperties",
-            "ChunkStorageMetadata",
-            "MetadataIndex",
-            "StorageMeta",
-        )
-    ),
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in _CLASSES.split()),
     "torch.distributed.checkpoint.filesystem._StorageInfo",
 )
 _CALLED = (
-    f"{_METADATA_CLASSES}._MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
     "torch.Size",
     "torch.serialization._get_layout",
     *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
