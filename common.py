@@ -1,5 +1,5 @@
-"""What every part leans on: the error for bad input, files that are whole or not there, folders that are held,
-lines on the screen."""
+"""What every part uses: the error for bad input, files and folders that appear complete or not at all, locks on
+folders, lines on the screen."""
 
 import atexit
 import contextlib
@@ -24,10 +24,9 @@ except ImportError:  # Windows
 PART = ".part"
 """Ending of a hidden file or folder that is still being written."""
 UNFINISHED = ".unfinished"
-"""Folder inside an output folder where work waits that the same command resumes."""
-
-
+"""Folder inside an output folder with work that the same command resumes."""
 LONGEST_MESSAGE = 1600
+"""characters"""
 
 
 class BadInput(Exception):
@@ -54,7 +53,7 @@ def exit_on_bad_input(program: str) -> Iterator[None]:
         yield
     except BadInput as error:
         rank = f" [rank {os.environ['RANK']}]" if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1" else ""
-        tell(f"{program}{rank}: {' '.join(str(error).split())}", sys.stderr)
+        print_error(f"{program}{rank}: {' '.join(str(error).split())}")
         raise SystemExit(2) from None
 
 
@@ -79,7 +78,7 @@ def exit_on_signal(program: str) -> Iterator[None]:
             signal.signal(number, stop)
         yield
     except Stopped as stopped:
-        tell(f"{program}: {stopped}", sys.stderr)
+        print_error(f"{program}: {stopped}")
         raise SystemExit(128 + received[0]) from None
     finally:
         for number, old in handlers.items():
@@ -88,7 +87,7 @@ def exit_on_signal(program: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def write_errors(path: str | Path) -> Iterator[None]:
-    """Turn what the operating system says against writing `path` (full, read-only, not a folder) into BadInput."""
+    """Turn the operating system's refusal to write `path` (full, read-only, not a folder) into BadInput."""
     try:
         yield
     except OSError as error:
@@ -98,10 +97,10 @@ def write_errors(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a binary file that appears at `path` only once it is whole and on disk.
+    """Open a binary file that appears at `path` once it is complete and on disk.
 
-    It is written beside its place and renamed into it, so that a reader never meets half a file and whatever stood
-    there before stays until then. If anything goes wrong, the half-written file is removed.
+    It is written beside its place and then renamed, so that a reader never sees half a file, and the old file stays
+    until then. If anything goes wrong, the half-written file is removed.
 
     Raises:
         BadInput: the operating system refused, for example because the disk is full.
@@ -110,7 +109,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     # A name that nobody else has: process numbers repeat between containers, and could be guessed.
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PART}")
     with write_errors(path):
-        file = open(part, "xb")  # noqa: SIM115 (closed below); "x" neither takes what is there nor follows a link
+        file = open(part, "xb")  # noqa: SIM115 (closed below); "x" refuses files that exist, and links
         try:
             with file:
                 yield file
@@ -123,22 +122,22 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def refuse_if_occupied(folder: Path, flag: str = "--output_dir", resumable: bool = False) -> None:
-    """Raise BadInput unless `folder` is not there yet, or is empty.
+    """Raise BadInput unless `folder` is missing or empty.
 
-    What killed processes left under hidden names counts as nothing, and so does the lost+found of a mounted disk.
+    Hidden leftovers of killed processes are ignored, and so is the lost+found of a mounted disk.
 
     Args:
         folder: where something is about to be written.
-        flag: what named it, for the message.
-        resumable: whether unfinished work counts as nothing too.
+        flag: the flag that names it, for the message.
+        resumable: whether unfinished work is ignored too.
     """
     with write_errors(f"{flag} {folder}"):  # it may not even be looked at
         if folder.is_dir():
             names = [name for name in os.listdir(folder) if not _is_part(name) and name != "lost+found"]
             if names == [UNFINISHED] and not resumable:
                 raise BadInput(
-                    f"{flag} {folder} holds unfinished work of another command in {UNFINISHED}; give that command "
-                    "again, or name a new folder"
+                    f"{flag} {folder} holds unfinished work of another command in {UNFINISHED}; repeat that "
+                    "command, or name a new folder"
                 )
             if set(names) - {UNFINISHED}:
                 raise BadInput(f"{flag} {folder} is not empty; name a new folder, so that nothing is overwritten")
@@ -148,21 +147,21 @@ def refuse_if_occupied(folder: Path, flag: str = "--output_dir", resumable: bool
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, flag: str = "--output_dir", state: str | None = None) -> Iterator[Path]:
-    """Give a folder to write into, whose files appear in `path` together once the block has ended.
+    """Give a folder to write into, whose files appear in `path` together when the block ends.
 
-    A new `path` is one rename of a folder that was filled beside it. An empty folder may be a mount point, which
-    cannot be renamed over: it is held against other processes and filled from a hidden folder inside it, in reverse
-    alphabetical order, so that train_000000.bin or config.json comes last. If anything goes wrong, all that was made
-    here is removed, and nothing else.
+    A new `path` is filled beside its place and then renamed. An empty folder may be a mount point, which cannot be
+    renamed over: it is locked, filled in a hidden folder inside it, and the files are renamed in reverse alphabetical
+    order, so that train_000000.bin or config.json comes last. If anything goes wrong, all that was made here is
+    removed, and nothing else.
 
     Args:
-        path: a folder that is not there yet, or is empty.
-        flag: what named it, for messages.
-        state: name of a file that makes the work resumable. Once it is in the given folder, a failure leaves
-            everything, and the next call for the same `path` gives that folder again. It does not appear in `path`.
+        path: a missing or an empty folder.
+        flag: the flag that names it, for messages.
+        state: name of a file that makes the work resumable. Once the given folder has it, a failure removes nothing,
+            and the next call for the same `path` gives the same folder. It does not appear in `path`.
 
     Raises:
-        BadInput: `path` holds something, another process fills it, or it cannot be written.
+        BadInput: `path` is not empty, another process fills it, or it cannot be written.
     """
     refuse_if_occupied(Path(path), flag, bool(state))
     path = Path(path).resolve()
@@ -175,7 +174,7 @@ def atomic_folder(path: str | Path, flag: str = "--output_dir", state: str | Non
         if in_place:
             with write_errors(path):
                 held.enter_context(exclusive(path, flag))
-            refuse_if_occupied(path, flag, bool(state))  # another process may have filled it before it was held
+            refuse_if_occupied(path, flag, bool(state))  # another process may have filled it before it was locked
         with write_errors(path):
             if state:
                 outer = part = path / UNFINISHED
@@ -185,7 +184,7 @@ def atomic_folder(path: str | Path, flag: str = "--output_dir", state: str | Non
                 part = outer / path.name
         held.callback(_remove_unless, outer, state)
         with write_errors(path):
-            part.mkdir(exist_ok=bool(state))  # with everybody's usual permissions; only the one around it is private
+            part.mkdir(exist_ok=bool(state))  # with the usual permissions; only the folder around it is private
         yield part
         with write_errors(path):
             if in_place:
@@ -210,7 +209,7 @@ def _remove_unless(folder: Path, state: str | None) -> None:
 
 
 def _make_own_folder(folder: Path) -> None:
-    """Make a folder that only this user can write to, or accept the one that an earlier process made."""
+    """Make a folder that only this user can write to, or take the one that an earlier process made."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
@@ -238,16 +237,16 @@ def _move_contents(part: Path, path: Path, state: str | None) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, flag: str) -> Iterator[None]:
-    """Hold a folder against other processes that ask for it in the same way, until this one is done, or dead.
+    """Lock an existing folder against other processes that call this, until the block ends or this process dies.
 
-    Where there are no locks for folders, as on NFS, nobody is kept out.
+    Where folders have no locks, as on NFS, nobody is kept out.
 
     Args:
         folder: an existing one.
-        flag: what named it, for the message.
+        flag: the flag that names it, for the message.
 
     Raises:
-        BadInput: another process holds it.
+        BadInput: another process has locked it.
     """
     if not fcntl:
         yield
@@ -265,11 +264,22 @@ def exclusive(folder: Path, flag: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def tell(line: str, stream: TextIO | None = None) -> None:
-    """Print a line at once, to standard output unless told otherwise.
+def print0(line: str) -> None:
+    """Print a line on standard output, on rank 0 only. torchrun's environment variables tell which rank this is."""
+    if os.environ.get("WORLD_SIZE") in (None, "", "1") or os.environ.get("RANK") == "0":
+        _print(line, sys.stdout)
 
-    Control characters are printed as escapes, so that a name that came with a file cannot steer the terminal. A reader
-    that went away (`| head`) or a full disk under the screen is no reason to stop.
+
+def print_error(line: str) -> None:
+    """Print a line on standard error, on every rank that calls this."""
+    _print(line, sys.stderr)
+
+
+def _print(line: str, stream: TextIO) -> None:
+    """Print a line at once.
+
+    Control characters are printed as escapes, so that a name in a stranger's file cannot control the terminal. A
+    reader that is gone (`| head`) or a full disk does not stop the program.
     """
     shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in line)
     with contextlib.suppress(OSError):
@@ -277,25 +287,25 @@ def tell(line: str, stream: TextIO | None = None) -> None:
 
 
 def lenient_streams() -> None:
-    """Make the standard streams of this process take every line, whatever they lead to. For the start of a `main`.
+    """Make the standard streams of this process accept every line. For the start of a `main`.
 
-    Characters that the terminal cannot show are printed as escapes. A stream that is closed leads to the null device:
-    otherwise the next file that is opened gets its number, and with it what libraries print.
+    Characters that the terminal cannot show are printed as escapes. A closed stream is opened on the null device:
+    otherwise the next file that is opened gets its number, and the output of libraries.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free, which is this
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number: this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (for good)
         if number and hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")
-    atexit.register(_drop_what_nobody_takes)
+    atexit.register(_drop_unwritten)
 
 
-def _drop_what_nobody_takes() -> None:
-    """Keep Python's last flush, of what a closed pipe or a full disk did not take, from changing the exit status."""
+def _drop_unwritten() -> None:
+    """Drop what a closed pipe or a full disk did not take: Python's last flush would change the exit status."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,10 +1,11 @@
 """Reading files that may come from anybody: only regular files, and JSON of a known shape.
 
-An OSError says that a file cannot be opened, a ValueError that its content is not what it has to be. The caller knows
-which flag named the file, and makes one line of either.
+They raise OSError if a file cannot be opened, and ValueError if its content is wrong. The caller knows which flag named
+the file, and turns either into one line.
 """
 
 import errno
+import io
 import json
 import os
 import re
@@ -12,20 +13,20 @@ import reprlib
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 JSON_LIMIT = 16 << 20
 """bytes; parsed, JSON takes up to 25 times as much memory"""
 
 
-def open_regular(path: str | Path, follow: bool = False, limit: int | None = None) -> BinaryIO:
-    """Open a regular file for reading; a FIFO would wait for ever, and a device may have no end.
+def open_regular(path: str | Path, follow: bool = False, limit: int | None = None) -> io.BufferedReader:
+    """Open a regular file for reading: a FIFO would block, and a device may have no end.
 
     Args:
         path: the file.
-        follow: take a link for the file that it leads to, where the user has named the link. One in a folder that was
-            given as a whole could lead out of it.
-        limit: most bytes that it may have.
+        follow: follow a link, as where the user has named it. A link inside a folder that the user has named could lead
+            out of it.
+        limit: the most bytes that it may have.
 
     Raises:
         OSError: it cannot be opened, is a link or no regular file, or is too large.
@@ -53,10 +54,10 @@ def _refuse_irregular(path: str | Path, found: os.stat_result, limit: int | None
 
 
 def refuse_beyond_memory(n_bytes: int) -> None:
-    """Refuse what this machine cannot hold, before it is allocated.
+    """Refuse what does not fit in memory, before it is allocated.
 
     Raises:
-        ValueError: the physical memory is smaller. Where the operating system does not tell its size, nothing is.
+        ValueError: the physical memory is smaller. If the operating system does not tell its size, nothing is refused.
     """
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -68,15 +69,15 @@ def refuse_beyond_memory(n_bytes: int) -> None:
 
 
 class Check(NamedTuple):
-    """What a value in a JSON file has to be."""
+    """A condition on a value in a JSON file."""
 
     told: str
-    """in words: "must be ..." """
+    """the condition in words, after "must be" """
     holds: Callable[[Any], bool]
 
 
 def integer(low: int = 0, high: int = 2**63 - 1) -> Check:
-    """An integer, which true and 1.0 are not."""
+    """An integer; true and 1.0 are none."""
     return Check(f"an integer from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
 
 
@@ -88,7 +89,7 @@ def number(low: float, high: float) -> Check:
 
 
 def text(pattern: str) -> Check:
-    """A string that matches a regular expression as a whole."""
+    """A string that matches a regular expression from end to end."""
     return Check(
         f"a string like {pattern}", lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value))
     )
@@ -102,12 +103,12 @@ def one_of(*values: Any) -> Check:
 
 
 def either(*checks: Check) -> Check:
-    """What one of the checks takes."""
+    """A value that one of the checks accepts."""
     return Check(" or ".join(c.told for c in checks), lambda value: any(c.holds(value) for c in checks))
 
 
 def listed(check: Check, low: int = 0, high: int = JSON_LIMIT) -> Check:
-    """A list of so many values, each of which the check takes."""
+    """A list of `low` to `high` values, each of which the check accepts."""
     return Check(
         f"a list of {low} to {high} values, each {check.told}",
         lambda value: isinstance(value, list) and low <= len(value) <= high and all(map(check.holds, value)),
@@ -115,7 +116,7 @@ def listed(check: Check, low: int = 0, high: int = JSON_LIMIT) -> Check:
 
 
 def mapped(check: Check) -> Check:
-    """An object whose values the check takes."""
+    """An object whose values the check accepts."""
     return Check(
         f"an object with values, each {check.told}",
         lambda value: isinstance(value, dict) and all(map(check.holds, value.values())),
@@ -123,10 +124,10 @@ def mapped(check: Check) -> Check:
 
 
 def parse_json(content: bytes) -> Any:
-    """Parse JSON, without the NaN and the infinities that Python takes as well.
+    """Parse strict JSON: Python's parser would accept NaN and infinities too.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not JSON.
     """
     try:
         return json.loads(content, parse_constant=_refuse_constant)
@@ -139,32 +140,32 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_json(path: str | Path, schema: Mapping[str, Any] | None = None, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """Read an object from a JSON file that is no link.
+    """Read an object from a JSON file that is not a link.
 
     Args:
         path: the file.
         schema: see `require`.
-        limit: most bytes that the file may have.
+        limit: the most bytes that the file may have.
 
     Raises:
         OSError: see `open_regular`.
-        ValueError: it is no JSON, or not of this shape.
+        ValueError: it is not JSON, or not of this shape.
     """
     with open_regular(path, limit=limit) as file:
         return require(parse_json(file.read(limit + 1)), schema or {})
 
 
 def require(value: Any, schema: Mapping[str, Any], where: str = "") -> Any:
-    """Hold a value against a table of its fields, and return it.
+    """Check the fields of a value, and return it.
 
     Args:
         value: from JSON.
-        schema: by field, a `Check` or a table like this one; a field whose name ends in "?" may be missing. Others that
-            are there are not looked at.
+        schema: by field, a `Check` or another schema; a field whose name ends in "?" may be missing. Fields that are
+            not in the schema are ignored.
         where: the names of the fields above.
 
     Raises:
-        ValueError: a field is missing or is not what it must be.
+        ValueError: a field is missing or wrong.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where or 'its content'} is {reprlib.repr(value)}, and must be an object")

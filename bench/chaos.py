@@ -26,7 +26,7 @@ STEPS = 60
 NETWORK = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 
 
-def chaos(folder: Path, kills: int, seed: int, n_ranks: int, zero_stage: int, say=print) -> Counter:
+def chaos(folder: Path, kills: int, seed: int, n_ranks: int, zero_stage: int) -> Counter:
     """Kill so many times, and check all of the above.
 
     Args:
@@ -35,7 +35,6 @@ def chaos(folder: Path, kills: int, seed: int, n_ranks: int, zero_stage: int, sa
         seed: of the moments.
         n_ranks: how many ranks train.
         zero_stage: how they share the work.
-        say: takes a line for each kill.
 
     Returns:
         How many kills there were of each kind, and how many runs ended.
@@ -68,7 +67,7 @@ def chaos(folder: Path, kills: int, seed: int, n_ranks: int, zero_stage: int, sa
                 sign in attempt.errors for sign in (f"rank {victims[0]} is gone", "not all came")
             )
             assert told, f"nobody said that rank {victims[0]} is gone: {attempt.errors}"
-            say(f"kill {counts['kills']:>3}: {kind:5} ranks {list(victims)}, checkpoint {newest and newest.name}")
+            print(f"kill {counts['kills']:>3}: {kind:5} ranks {list(victims)}, checkpoint {newest and newest.name}")
         elif set(statuses) == {0}:
             counts["runs ended"] += 1
             for name in ("model.bin", "main.log"):

@@ -58,7 +58,7 @@ def held(config: GPTConfig, zero_stage: int, rank: int, ranks: int) -> Held:
             for p in params.values():
                 p.zero_()
         world = World(rank, rank, ranks, torch.device("cpu"), distributed=True)
-        model, _ = distributed.spread(gpt, world, zero_stage, "float32", compile=False)
+        model, _ = distributed.parallelize(gpt, world, zero_stage, "float32", compile=False)
         if zero_stage < 2:  # DDP asks for the result of its reduction, which the fake group does not give
             model.register_comm_hook(None, _unreduced)
         params = dict(gpt.named_parameters())

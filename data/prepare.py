@@ -40,7 +40,7 @@ from common import (
     exit_on_bad_input,
     exit_on_signal,
     lenient_streams,
-    tell,
+    print0,
 )
 from data.shards import find_shards, open_shard, shard_pattern, write_shard
 from data.tokenizer import END_OF_TEXT, gpt2_encoding
@@ -273,7 +273,7 @@ def prepare_resumably(
             with contextlib.closing(_tokenise(documents, workers)) as tokenised:
                 stream = _TokenStream(tokenised, progress.documents)
                 if any(counts.values()):
-                    tell(f"resuming behind {sum(counts.values()):,} tokens that are finished")
+                    print0(f"resuming behind {sum(counts.values()):,} tokens that are finished")
                     _skip(stream, progress.tokens, folder, "train" if counts["train"] else "val")
 
                 def finished_one() -> None:
@@ -356,7 +356,9 @@ def prepare_pydoc() -> Path:
     if not complete.exists():
         try:
             counts = prepare(pydoc_documents(), folder, PYDOC_VAL_TOKENS)
-            tell(f"tokenised Python's language reference into {folder}: {counts['train']:,} + {counts['val']:,} tokens")
+            print0(
+                f"tokenised Python's language reference into {folder}: {counts['train']:,} + {counts['val']:,} tokens"
+            )
         except BadInput:
             if not complete.exists():  # otherwise another process was faster
                 raise
@@ -666,9 +668,9 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 documents, val_tokens = tinyshakespeare_documents(), TINYSHAKESPEARE_VAL_TOKENS
             counts = prepare(documents, output_dir, args.val_tokens or val_tokens, args.shard_tokens, args.workers)
-        tell(f"{output_dir}: {counts['train']:,} tokens to train on, {counts['val']:,} to validate with")
+        print0(f"{output_dir}: {counts['train']:,} tokens to train on, {counts['val']:,} to validate with")
         if left_out:
-            tell(_list_skipped(left_out).strip(" ()"))
+            print0(_list_skipped(left_out).strip(" ()"))
         _print_flags(output_dir)
 
 
@@ -679,7 +681,7 @@ def _print_flags(output_dir: Path) -> None:
         pattern = shard_pattern(output_dir, kind)
         lengths = [len(open_shard(file)) for file in output_dir.glob(f"{kind}_*.bin")]
         if lengths and min(lengths) < 2:
-            tell(
+            print0(
                 f"a {kind} shard has {min(lengths)} token and a step reads at least 2: give more text, "
                 "or other --val_tokens or --shard_tokens"
             )
@@ -694,7 +696,7 @@ def _print_flags(output_dir: Path) -> None:
         length = min(DEFAULT_LENGTH, 1 << room.bit_length() - 1)
         batch = min(DEFAULT_BATCH, 1 << (room // length).bit_length() - 1)
         flags += ["--batch_size", str(batch), "--sequence_length", str(length)]
-    tell(f"train on them: python train.py {shlex.join(flags)}")
+    print0(f"train on them: python train.py {shlex.join(flags)}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from common import (
     exit_on_bad_input,
     exit_on_signal,
     lenient_streams,
+    print0,
     refuse_if_occupied,
-    tell,
     write_errors,
 )
 from kernels.ops import EAGER, Ops
@@ -353,10 +353,10 @@ def main(argv: list[str] | None = None) -> None:
         has_tokenizer = export(args.run, args.folder, vocabulary_files())
         name = repr(str(args.folder))
         if has_tokenizer:
-            tell(f"load it with GPT2LMHeadModel.from_pretrained({name}) and AutoTokenizer.from_pretrained({name})")
+            print0(f"load it with GPT2LMHeadModel.from_pretrained({name}) and AutoTokenizer.from_pretrained({name})")
         else:
-            tell(f"load it with GPT2LMHeadModel.from_pretrained({name})")
-            tell("no tokenizer is written: the vocabulary of this network is not GPT-2's")
+            print0(f"load it with GPT2LMHeadModel.from_pretrained({name})")
+            print0("no tokenizer is written: the vocabulary of this network is not GPT-2's")
 
 
 if __name__ == "__main__":

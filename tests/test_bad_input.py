@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -89,6 +90,7 @@ def test_sequence_longer_than_the_block(refused):
         ({"--model": "runs/not_there"}, ["--model runs/not_there"]),
         ({"--model": "./not_there"}, ["--model ./not_there"]),
         ({"--dtype": "float64"}, ["--dtype", "float32"]),
+        ({"--resume": "nowhere"}, ["--resume nowhere: no checkpoint there"]),
         ({"--device": "tpu"}, ["--device tpu", "cuda"]),
         ({"--zero_stage": 1}, ["--zero_stage 1", "torchrun"]),
         ({"--sample_every": 1}, ["--sample_every", "61"]),
@@ -160,7 +162,7 @@ def test_output_dir_with_something_in_it(refused, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
 def test_read_only_disk(refused, monkeypatch):
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))  # /proc has no room
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))  # /proc has no room
     assert "cannot write --output_dir /proc/run: " in refused({"--output_dir": "/proc/run"})
 
 
@@ -173,7 +175,7 @@ def test_name_that_the_disk_does_not_take(refused, flag, suffix):
 
 
 def test_disk_without_room_for_the_weights(refused, monkeypatch):
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
     line = refused({})
     assert "the disk has 0 MiB left" in line
 

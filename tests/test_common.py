@@ -210,3 +210,23 @@ def test_a_message_is_no_longer_than_a_screen():
     """What a reader of somebody else's file says may quote all of it."""
     told = str(BadInput("--resume x: " + "\x1b" * 5000 + "; name another checkpoint"))
     assert len(told) < 1700 and told.startswith("--resume x: ") and told.endswith("; name another checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("environment", "printed"),
+    [
+        ({}, "a line\n"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "a line\n"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, ""),
+        ({"WORLD_SIZE": "1", "RANK": "3"}, "a line\n"),  # no rank of torchrun's: see distributed.start
+        ({"WORLD_SIZE": "", "RANK": "3"}, "a line\n"),
+    ],
+)
+def test_lines_are_printed_once_and_errors_by_every_rank(monkeypatch, capsys, environment, printed):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    common.print0("a line")
+    common.print_error("a line")
+    assert capsys.readouterr() == (printed, "a line\n")

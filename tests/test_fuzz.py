@@ -33,10 +33,12 @@ from model.load import load
 from tests.conftest import TINY, command_line
 from training import checkpoint
 from training.checkpoint import Checkpoints, TrainState
+from training.config import Resume
 from training.distributed import World
 from training.faults import UpdateGuard
 from training.log import RunLog
-from training.saved import launch_of, read_record
+from training.run_dir import torchrun_id_of
+from training.saved import read_state
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="FIFOs, alarms and memory are POSIX")
 
@@ -139,7 +141,7 @@ def generators_kept():
 def resume(folder: Path) -> TrainState:
     """Choose a checkpoint, and load it."""
     state = new_state()
-    chosen = checkpoint.choose(str(folder), None, WORLD, print)
+    chosen = checkpoint.choose(Resume.parse(str(folder)), None, WORLD)
     with generators_kept():
         Checkpoints(None, WORLD, {}).load(chosen, state)
     return state
@@ -208,7 +210,7 @@ def test_only_regular_files_in_the_folder_are_read(run, saved, model, tmp_path, 
     readers: dict[str, Callable] = {"main.log": open_log, "metrics.jsonl": open_log, "model.bin": llmc.load_model}
     read: Callable
     if place == "run":
-        read = readers.get(file, lambda folder: launch_of(folder / "config.json"))
+        read = readers.get(file, lambda folder: torchrun_id_of(folder / "config.json"))
     else:
         read = resume if place == "checkpoint" else from_pretrained
     read(folder)
@@ -218,7 +220,7 @@ def test_only_regular_files_in_the_folder_are_read(run, saved, model, tmp_path, 
 
 
 def open_log(folder: Path) -> None:
-    RunLog(folder).open(first_step=9)
+    RunLog(folder).open(steps_done=9)
 
 
 @pytest.mark.parametrize("read", [llmc.read_model, llmc.read_tokenizer, open_shard, load])
@@ -306,7 +308,7 @@ def huge_index_in_metadata(folder: Path, marker: Path) -> None:
         (path_in_metadata("../outside.distcp"), "is no file of tensors"),
         (path_in_metadata("absolute"), "is no file of tensors"),
         (transform_in_metadata, "is no file of tensors"),
-        (part_left_out_of_metadata, "are not the whole of it"),
+        (part_left_out_of_metadata, "do not add up to it"),
         (huge_index_in_metadata, "leaves out indices"),
     ],
 )
@@ -327,7 +329,7 @@ def test_sums_name_no_file_elsewhere(saved, tmp_path):
     (tmp_path / "outside").write_text("secret")
     with open(folder / "SHA256SUMS", "a") as file:
         file.write(f"{hashlib.sha256(b'secret').hexdigest()}  ../outside\n")
-    assert "lines that are no sums" in refusal(resume, folder)
+    assert "lines that are not sums" in refusal(resume, folder)
 
 
 CODE = "import pathlib; pathlib.Path({marker!r}).touch()\n"
@@ -574,18 +576,18 @@ def change_bytes(content: bytes, changes) -> bytes:
     return content
 
 
-def read_state(folder: Path) -> None:
+def step_from_state(folder: Path) -> None:
     """Read state.json, and do a step from there."""
-    state, record = new_state(), read_record(folder)
+    state, saved = new_state(), read_state(folder)
     loader = ShardLoader(str(folder / "train_*"), 4, 16, vocab_size=TINY.vocab_size)
     with generators_kept():
         try:
-            state.load_record(record)
+            state.load_state_dict(saved)
         except ValueError as error:  # of which Checkpoints.load makes a line
             raise BadInput(str(error)) from error
-        loader.load_state_dict(record["loader"])
+        loader.load_state_dict(saved["loader"])
         loader.next_batch()
-        state.guard.objection("", 3.0, 3.0)
+        state.guard.reason_to_skip("", 3.0, 3.0)
         state.scaler.scale(torch.ones(()))
 
 
@@ -597,8 +599,8 @@ def read_logs(folder: Path) -> None:
     RunLog(folder).open(9).draw()
 
 
-def read_launch(folder: Path) -> None:
-    launch_of(folder / "config.json")
+def read_run_config(folder: Path) -> None:
+    torchrun_id_of(folder / "config.json")
 
 
 def with_scale(folder: Path) -> None:
@@ -615,8 +617,8 @@ def nothing(folder: Path) -> None:
 
 # By reader: the folder that is copied, the file in it, how it is changed, what is done to the folder before, who reads.
 READERS: dict[str, tuple] = {
-    "state.json": ("saved", "state.json", change_json, with_scale, read_state),
-    "state.json, bytes": ("saved", "state.json", change_bytes, with_scale, read_state),
+    "state.json": ("saved", "state.json", change_json, with_scale, step_from_state),
+    "state.json, bytes": ("saved", "state.json", change_bytes, with_scale, step_from_state),
     "SHA256SUMS": ("saved", "SHA256SUMS", change_bytes, nothing, resume),
     ".metadata": ("saved", ".metadata", change_bytes, nothing, resume),
     ".distcp": ("saved", "__0_0.distcp", change_bytes, nothing, resume),
@@ -625,7 +627,7 @@ READERS: dict[str, tuple] = {
         "config.json",
         change_json,
         nothing,
-        read_launch,
+        read_run_config,
     ),
     "logs": ("run", "metrics.jsonl", change_bytes, nothing, read_logs),
     "model.bin": ("run", "model.bin", change_bytes, nothing, llmc.load_model),

@@ -24,6 +24,7 @@ from data.shards import open_shard
 from model import llmc
 from model.gpt import PRESETS
 from tests.conftest import ROOT, TINY, command_line
+from training import run_dir
 from training.config import Config, parse
 from training.distributed import StopRequest, World
 from training.log import RunLog
@@ -78,7 +79,7 @@ def test_loop_gives_the_bits_of_a_plain_one(tiny, run_tiny):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        assert got["step"] == step and got["tokens"] == 128 * (step + 1)
+        assert got["step"] == step + 1 and got["tokens"] == 128 * (step + 1)
         assert got["loss"] == pytest.approx(loss, rel=1e-6)
         assert got["norm"] == pytest.approx(norm, rel=1e-5)
         assert got["lr"] == pytest.approx(lr, rel=1e-12)
@@ -103,7 +104,7 @@ def test_run_directory_and_logs(run_tiny, tiny):
     tel, trl = "tel", "trl"
     order = [(0, tel), (0, trl), (1, trl), (2, tel), (2, trl), (3, trl), (4, tel), (4, trl), (5, tel)]
     assert kinds == [(str(step), kind) for step, kind in order]
-    assert [line["step"] for line in run.metrics] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in run.metrics] == [1, 2, 3, 4, 5]
     keys = {"step", "tokens", "loss", "norm", "lr", "ms", "tok_per_s", "mfu", "memory_mib", "skipped"}
     assert all(line.keys() == keys for line in run.metrics)
     assert all(line["mfu"] is None for line in run.metrics)  # nobody knows the peak of a CPU
@@ -114,7 +115,7 @@ def test_run_directory_and_logs(run_tiny, tiny):
     assert re.search(r"10 tensors \([\d,]+ parameters\) decay", run.screen)
     assert "mean of the last 4 steps" in run.screen
     for line in run.metrics:
-        assert f"step {line['step'] + 1}/5 | train loss {line['loss']:.6f} | norm {line['norm']:.4f}" in run.screen
+        assert f"step {line['step']}/5 | train loss {line['loss']:.6f} | norm {line['norm']:.4f}" in run.screen
 
 
 def test_validation_is_the_mean_of_the_first_batches_each_time(tiny, run_tiny):
@@ -275,11 +276,11 @@ HOSTILE = "-a $(touch made) `touch made`; touch made # 'q' \"d\" [b] * \\\n line
 def test_lines_to_paste_survive_a_shell(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in (HOSTILE, "nano", "runs/one"):
-        Path(name).mkdir(parents=True)
+        Path(name, "checkpoints", "step_3").mkdir(parents=True)
         config = Config(model=f"./{name}", input_bin=f"{name}/train_*.bin", num_iterations=7)
-        train.conclude(config, cast(World, SimpleNamespace(distributed=False)), Path(name), resumable=True)
+        run_dir.summarize(Path(name), config, cast(World, SimpleNamespace(distributed=False)), finished=False)
         screen = capsys.readouterr().out
-        labels = ("resume: ", "go on from these weights: ", "take them to transformers: ")
+        labels = ("resume: ", "train from these weights: ", "export to transformers: ")
         lines = re.fullmatch(r".*\n" + r"\n".join(rf"{label} *(.*)" for label in labels) + r"\n", screen, re.DOTALL)
         arguments = []
         for line in lines.groups():

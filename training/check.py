@@ -1,10 +1,10 @@
 """`--check 1`: is this backend right, on this machine, for this model, batch and dtype?
 
-First op by op: the forward pass runs in eager, and every op that it calls is called again with the backend under test
-on the same inputs, forward and backward, at full size. Then the network as a whole: its loss and the gradient of every
-parameter. Both are held to the rule of `kernels.accuracy`. Biases and LayerNorms are disturbed first: fresh ones are
-zero or one, and would hide a kernel that forgets them. Where something is off, the first op named is the one to mend:
-what comes after it in the network is not touched by its error.
+First op by op: the forward pass runs in eager, and the backend under test repeats every op that it calls, forward and
+backward, on the same inputs at full size. Then the whole network: its loss and the gradient of every parameter. Both
+must satisfy the rule of `kernels.accuracy`. Biases and LayerNorms are disturbed first: fresh ones are zero or one, and
+would hide a kernel that ignores them. If something is off, repair the first op that is named: its error does not reach
+the ops that are checked after it.
 """
 
 import inspect
@@ -13,29 +13,30 @@ from typing import Any
 
 import torch
 
+from common import print0
 from kernels.accuracy import Comparison, Errors, as_list, compare, judge, measure, outputs_and_gradients
 from kernels.ops import EAGER, Ops
 from model.gpt import GPT
 
-# Arguments of ops that go along the batch, and are sliced; the others are weights, whose gradients are sums over it.
+# Arguments of ops that have the batch as a dimension, and are sliced; the others are weights, whose gradients are sums
+# over the batch.
 _BATCHED = {"idx", "x", "residual", "branch", "qkv", "logits", "hidden", "targets"}
 _SLICE_BYTES = 2**28
-"""what the largest float64 matrix may take: eager and the truth are computed, and compared, a few sequences at a time,
-because they hold a (T, T) matrix per head, and all logits"""
+"""of the largest float64 matrix: eager and the truth are computed and compared a few sequences at a time, because they
+hold a (T, T) matrix per head, and all logits"""
 
 
-def check(gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, say: Callable[[str], None]) -> bool:
-    """Hold the backend of a network against eager, and say how far off everything is.
+def check(gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Compare the backend of a network with eager, and print every error beside its tolerance.
 
     Args:
-        gpt: the network with the backend under test, in fp32 on the device. It is left as it was.
+        gpt: the network with the backend under test, in fp32 on the device. It is not changed.
         x: (B, T) int64 inputs.
         y: (B, T) int64 targets.
-        dtype: fp32, or what autocast computes in.
-        say: takes the lines of the report.
+        dtype: fp32, or the dtype of autocast.
 
     Returns:
-        True where every op and every gradient is within its tolerance.
+        True if every op and every gradient is within its tolerance.
     """
     gpt = _disturbed(gpt)
     off: list[str] = []
@@ -45,30 +46,30 @@ def check(gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, say: C
         if not worst.ok:
             off.append(f"{name} ({worst.name})" if worst.name else name)
         numbers = (worst.error, worst.tolerance, worst.eager_error)
-        told = " ".join(f"{number:>10.2e}" for number in numbers)
-        say(f"{name:37} {worst.name:16} {told}{'' if worst.ok else '   OFF'}")
+        columns = " ".join(f"{number:>10.2e}" for number in numbers)
+        print0(f"{name:37} {worst.name:16} {columns}{'' if worst.ok else '   OFF'}")
 
     head = f"{'':16} {'error':>10} {'tolerance':>10} {'eager':>10}"
-    say(f"{'op':37} {head}")
-    # Without its cache, which would keep what each slice casts until the whole check is over.
+    print0(f"{'op':37} {head}")
+    # The cache would keep the casts of every slice until the end of the check.
     autocast = torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     _compare_ops(gpt, x, y, dtype, autocast, report)
     n_ops_off = len(off)
-    say(f"\n{'loss and gradients':37} {head}")
+    print0(f"\n{'loss and gradients':37} {head}")
     _compare_network(gpt, x, y, dtype, autocast, report)
     if n_ops_off:
-        say(f"\n{n_ops_off} calls of ops are off; the first: {off[0]}")
+        print0(f"\n{n_ops_off} calls of ops are off; the first: {off[0]}")
     elif off:
-        say(f"\nevery op is right by itself, and the network is off in {len(off)} places; the first: {off[0]}")
+        print0(f"\nevery op is right by itself, and the network is off in {len(off)} places; the first: {off[0]}")
     else:
-        say("\nevery op and every gradient is no worse than eager")
+        print0("\nevery op and every gradient is no worse than eager")
     return not off
 
 
 def _compare_ops(
     gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, autocast: torch.autocast, report: Callable
 ) -> None:
-    """Run the network in eager, and report on each call of an op that it makes."""
+    """Run the network in eager, and compare each call of an op."""
     counts = dict.fromkeys(Ops._fields, 0)
     n_slice = _slice_length(gpt, x)
 
@@ -100,9 +101,9 @@ def _compare_call(
     n_slice: int,
     dtype: torch.dtype,
 ) -> list[Comparison]:
-    """Compare one call with gradients of unit size; that of a loss is 1."""
+    """Compare one call, with incoming gradients of unit size; that of a loss is 1."""
     generator = torch.Generator().manual_seed(42)
-    # What the lowest precision in play can hold, so that the backend does not pay for a rounding that eager is spared.
+    # Representable in the lowest precision, so that the backend is not blamed for a rounding that eager does not make.
     gradients = [
         torch.randn(out.shape, generator=generator).to(dtype).to(out) if out.dim() else torch.ones_like(out)
         for out in outputs
@@ -142,7 +143,7 @@ def _compare_call(
 
 
 def _in_slices(reference: Callable, inputs: dict[str, Any], n_slice: int) -> list[torch.Tensor]:
-    """The outputs of an eager op, computed a few sequences at a time."""
+    """The outputs of the reference, computed a few sequences at a time."""
     pieces, shares = [], []
     for _, part, share in _slices(inputs, n_slice):
         pieces.append(as_list(reference(*part.values())))
@@ -154,7 +155,7 @@ def _in_slices(reference: Callable, inputs: dict[str, Any], n_slice: int) -> lis
 
 
 def _slices(inputs: dict[str, Any], n_slice: int) -> Iterator[tuple[slice, dict[str, Any], float]]:
-    """Of a call's inputs a few sequences at a time: their place in the batch, the inputs, their share of a mean."""
+    """A call's inputs, a few sequences at a time: (rows of the batch, the inputs, their share of a mean)."""
     B = next(len(value) for name, value in inputs.items() if name in _BATCHED)
     for start in range(0, B, n_slice):
         rows = slice(start, start + n_slice)
@@ -165,7 +166,7 @@ def _slices(inputs: dict[str, Any], n_slice: int) -> Iterator[tuple[slice, dict[
 def _compare_network(
     gpt: GPT, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, autocast: torch.autocast, report: Callable
 ) -> None:
-    """Report on the loss and on the gradient of every parameter."""
+    """Compare the loss and the gradient of every parameter."""
 
     def loss_and_gradients(network: GPT, n_slice: int) -> dict[str, torch.Tensor]:
         total = 0.0
@@ -213,8 +214,8 @@ def _disturbed(gpt: GPT) -> GPT:
 
 def _slice_length(gpt: GPT, x: torch.Tensor) -> int:
     T = x.shape[1]
-    bytes_a_sequence = 8 * T * max(gpt.config.n_head * T, gpt.config.vocab_size)
-    return max(1, _SLICE_BYTES // bytes_a_sequence)
+    bytes_per_sequence = 8 * T * max(gpt.config.n_head * T, gpt.config.vocab_size)
+    return max(1, _SLICE_BYTES // bytes_per_sequence)
 
 
 def _double(value: Any) -> Any:

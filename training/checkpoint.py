@@ -1,15 +1,15 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a run needs to resume as if it had never stopped.
 
-A checkpoint is the folder `checkpoints/step_N` of a run directory, N the number of updates done:
+A checkpoint is the folder `checkpoints/step_N` of a run directory; N updates are done, as everywhere but in main.log:
 
-    __R_0.distcp, .metadata   the tensors, as torch.distributed.checkpoint lays them out: whatever number of ranks and
-                              ZeRO stage wrote them, any other can read them
-    state.json                all that is no tensor: step, tokens, place in the data, outlier windows, loss scale, RNGs,
+    __R_0.distcp, .metadata   the tensors, in the format of torch.distributed.checkpoint: any number of ranks at any
+                              ZeRO stage can read what any other wrote
+    state.json                all other state: step, tokens, place in the data, outlier windows, loss scale, RNGs,
                               configuration, versions
-    SHA256SUMS                of every file above, as `sha256sum -c` takes it; other files are not looked at
+    SHA256SUMS                of every file above, for `sha256sum -c`; other files are ignored
 
-It is written as `.step_N.part`, in the background, and gets its name when all of it is on disk. So a folder of that
-name was whole once; that it still is, its sums tell. All ranks write to the same file system.
+It is written in the background as `.step_N.part`, and renamed when all of it is on disk. So a folder of that name was
+intact once; its sums show whether it still is. All ranks write to the same file system.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,26 +37,27 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
-from common import BadInput, write_errors
+from common import BadInput, print0, write_errors
 from data.loader import ShardLoader
 from model.gpt import GPT
 from training import distributed, optim
+from training.config import CHECKPOINTS as FOLDER
+from training.config import Resume, is_checkpoint
 from training.distributed import World
 from training.faults import UpdateGuard
-from training.saved import METADATA, STATE, SUMS, TensorReader, read_record, sha256, step_of, verify
+from training.saved import METADATA, STATE, SUMS, TensorReader, read_state, sha256, step_of, verify
 
-FOLDER = "checkpoints"
-# A single process is what was asked for; it warns at every save, from the thread that writes.
+# It warns at every save of a single process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 @dataclass
 class TrainState:
-    """What changes while a run goes on."""
+    """What changes during a run."""
 
     gpt: GPT
-    params: dict[str, torch.Tensor]
-    """its parameters by name, the tied matrix once; as they are between updates: whole, or this rank's shards"""
+    params: Mapping[str, torch.Tensor]
+    """its parameters by name, the tied matrix once; below stage 2 whole, above this rank's shards"""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     loader: ShardLoader
@@ -68,7 +69,7 @@ class TrainState:
     """read for them, by all ranks"""
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The weights and AdamW's state of this rank, under names that no stage and no number of ranks changes."""
+        """The weights and AdamW's state of this rank. Names do not depend on the stage or the number of ranks."""
         names = {p: name for name, p in self.params.items()}
         adam = optim.adamw_state(self.optimizer)
         return {
@@ -76,8 +77,8 @@ class TrainState:
             "optimizer": {f"{names[p]}.{kind}": value for p in adam for kind, value in adam[p].items()},
         }
 
-    def record(self) -> dict[str, Any]:
-        """All the rest, as JSON has it. It is the same on every rank."""
+    def state_dict(self) -> dict[str, Any]:
+        """All other state, for JSON. It is the same on every rank."""
         kind, keys, *position = np.random.get_state()
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
@@ -94,18 +95,18 @@ class TrainState:
             },
         }
 
-    def load_record(self, record: dict[str, Any]) -> None:
-        """Go on from what `record` gave.
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, except the loader's position: that is restored when it is checked.
 
         Raises:
             ValueError: a random number generator refuses its state.
         """
-        self.step = record["step"]
-        self.tokens = record["tokens"]
-        self.guard.load_state_dict(record["guard"])
-        if self.scaler.is_enabled() and record["scaler"]:
-            self.scaler.load_state_dict(record["scaler"])
-        rng = record["rng"]
+        self.step = saved["step"]
+        self.tokens = saved["tokens"]
+        self.guard.load_state_dict(saved["guard"])
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        rng = saved["rng"]
         try:
             torch.set_rng_state(torch.frombuffer(bytearray.fromhex(rng["torch"]), dtype=torch.uint8))
             if rng["cuda"] and self.device.type == "cuda":
@@ -123,29 +124,27 @@ class Checkpoints:
     """The checkpoints of a run: saves in the background, one at a time, and deletes those that are not kept.
 
     Args:
-        run_dir: the run directory; None where nothing is kept.
+        run_dir: the run directory; None to save nothing.
         world: the ranks; each has to make the same calls.
-        facts: what is written beside the state: configuration, network, versions; see `compare`.
-        keep: how many of the newest stay.
-        keep_every: those of a step that is a multiple stay as well; 0 for none.
-        say: takes lines for the user.
+        metadata: written beside the state: flags, network, versions; see `differences`.
+        keep: how many of the newest are kept.
+        keep_every: those of a step that is a multiple are kept as well; 0 for none.
     """
 
     def __init__(
         self,
         run_dir: Path | None,
         world: World,
-        facts: dict[str, Any],
+        metadata: dict[str, Any],
         keep: int = 2,
         keep_every: int = 0,
-        say: Callable[[str], None] = print,
     ):
         self.folder = run_dir / FOLDER if run_dir else None
-        self.world, self.facts, self.say = world, facts, say
+        self.world, self.metadata = world, metadata
         self.keep, self.keep_every = keep, keep_every
-        self._saving: tuple[int, Future] | None = None
+        self._saving: tuple[int, Any] | None = None  # a step, and a Future
         self.failed = False
-        """whether the last save that was waited for was not written"""
+        """whether the last finished save failed"""
         on_cuda = world.device.type == "cuda"
         self._stager = DefaultStager(
             StagingOptions(
@@ -158,28 +157,28 @@ class Checkpoints:
         self._group = self._new_group() if world.distributed and run_dir else None
 
     def _new_group(self) -> dist.ProcessGroup:
-        """The ranks once more: the background must not get between the collectives of training."""
+        """A group of its own: collectives of the background must not mix with those of training."""
         return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.world.timeout_s))
 
     def warm_up(self, state: TrainState) -> None:
-        """Set aside the memory into which tensors are copied at a save, so that the first is no slower than others."""
+        """Allocate the memory into which a save copies tensors, so that the first save is no slower than others."""
         self._stager.stage(self._share(state))
 
     def save(self, state: TrainState) -> None:
-        """Copy the state, and write it while training goes on. A save that is still under way is waited for.
+        """Copy the state, and write it while training continues. An unfinished save is waited for.
 
-        A save that fails is reported, and leaves the earlier ones as they were.
+        A save that fails is reported, and does not touch the earlier ones.
         """
         self.wait()
         if self._group and any(distributed.gather(self.world, self.failed)):  # gloo closes a group that timed out
             dist.destroy_process_group(self._group)
             self._group = self._new_group()
         folder = self.folder / f"step_{state.step}"
-        record = state.record() | self.facts
+        content = json.dumps(state.state_dict() | self.metadata).encode() + b"\n"
         try:
             future = dcp.async_save(
                 self._share(state),
-                storage_writer=_Writer(folder, json.dumps(record).encode() + b"\n", self._prune),
+                storage_writer=_Writer(folder, content, self._prune),
                 process_group=self._group,
                 async_stager=self._stager,
                 no_dist=not self.world.distributed,
@@ -190,38 +189,38 @@ class Checkpoints:
         self._saving = state.step, future
 
     def wait(self) -> None:
-        """Wait for the save that is under way, if any, and report it if it failed."""
+        """Wait for an unfinished save, and report it if it failed."""
         if self._saving:
             (step, future), self._saving = self._saving, None
             error = future.exception()
             if error and self.world.is_main:
-                self.say(f"warning: the checkpoint of step {step} was not written: {_reason(error)}; {self.newest()}")
+                print0(f"warning: the checkpoint of step {step} was not written: {_reason(error)}; {self.newest()}")
                 with contextlib.suppress(OSError):
                     _remove(_part(self.folder / f"step_{step}"))
             self.failed = error is not None
 
     def newest(self) -> str:
-        """Which checkpoint there is to go on from, in words."""
+        """The newest checkpoint, in words."""
         newest = next(iter(find(self.folder)), None) if self.folder else None
         return f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
 
     @property
     def saving(self) -> bool:
-        """Whether a save is under way, or has ended since and was not looked at."""
+        """Whether there is a save that neither `wait` nor `poll` has seen finished."""
         return self._saving is not None
 
     def poll(self) -> None:
-        """Report a save that has failed since, without waiting."""
+        """Report a failed save, without waiting."""
         if self._saving and self._saving[1].done():
             self.wait()
 
     def load(self, folder: Path, state: TrainState) -> None:
-        """Load a checkpoint into the state, except for the position of its loader. Its sums were checked before.
+        """Load a checkpoint from `choose` into the state, except for the position of its loader.
 
         Raises:
-            BadInput: what `choose` has not seen yet is wrong: the tensors, or a state that its generator refuses.
+            BadInput: the tensors are wrong, or a random number generator refuses its state.
         """
-        tensors, record = state.tensors(), read_record(folder)
+        tensors, saved = state.tensors(), read_state(folder)
         try:
             dcp.load(
                 tensors,
@@ -230,15 +229,16 @@ class Checkpoints:
                 no_dist=not self.world.distributed,
             )
             for name, tensor in tensors["optimizer"].items():
-                if name.endswith(".step") and not 0 <= tensor.item() <= record["step"]:
-                    raise ValueError(f"{name} is {tensor.item():g}, and step {record['step']} comes after it")
-            state.load_record(record)
+                if name.endswith(".step") and not 0 <= tensor.item() <= saved["step"]:
+                    raise ValueError(f"{name} is {tensor.item():g}, in a checkpoint of step {saved['step']}")
+            state.load_state_dict(saved)
         except (CheckpointException, ValueError) as error:
             raise BadInput(f"{folder} cannot be resumed from: {_reason(error)}; name another checkpoint") from error
 
     def _share(self, state: TrainState) -> dict[str, dict[str, torch.Tensor]]:
-        """What this rank writes: its shards, and its part of what all ranks have alike."""
-        shares, sizes = {}, [0] * self.world.size
+        """What this rank writes: its shards, and a part of the tensors that are the same on all ranks."""
+        shares: dict[str, dict[str, torch.Tensor]] = {}
+        sizes = [0] * self.world.size
         for part, tensors in state.tensors().items():
             shares[part] = {}
             for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
@@ -251,27 +251,27 @@ class Checkpoints:
         return shares
 
     def _prune(self) -> None:
-        """Delete the checkpoints that are not kept. A newer one is on disk."""
+        """Delete the checkpoints that are not kept, once a newer one is on disk."""
         own = [folder for folder in find(self.folder) if not folder.is_symlink()]  # a link takes no room
         for folder in own[self.keep :]:
             if not (self.keep_every and step_of(folder) % self.keep_every == 0):
                 try:
                     _delete(folder)
                 except OSError as error:  # the newer one is on disk all the same
-                    self.say(f"warning: {folder} cannot be deleted: {error.strerror}")
+                    print0(f"warning: {folder} cannot be deleted: {error.strerror}")
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Writes one checkpoint under a hidden name, sums up its files, and gives it its name at the end.
+    """Writes one checkpoint under a hidden name, hashes its files, and renames it at the end.
 
-    torch.distributed.checkpoint calls `write_data` on every rank and then, where all succeeded, `finish` on one.
+    torch.distributed.checkpoint calls `write_data` on every rank and then, if all succeeded, `finish` on one.
     """
 
-    def __init__(self, folder: Path, record: bytes, prune: Callable[[], None]):
+    def __init__(self, folder: Path, state: bytes, prune: Callable[[], None]):
         if _part(folder).is_symlink():
             raise OSError(errno.ELOOP, f"{_part(folder)} is a link; remove it")
         super().__init__(_part(folder))
-        self.folder, self.record, self.prune = folder, record, prune
+        self.folder, self.state, self.prune = folder, state, prune
 
     def write_data(self, plan: Any, planner: Any) -> torch.futures.Future:
         try:
@@ -287,10 +287,10 @@ class _Writer(dcp.FileSystemWriter):
         future.set_result([_Summed(r.index, r.size_in_bytes, r.storage_data, sums) for r in results])
         return future
 
-    def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
+    def finish(self, metadata: Any, results: list[list[Any]]) -> None:
         super().finish(metadata, results)
         part = Path(self.path)
-        _write(part / STATE, self.record)
+        _write(part / STATE, self.state)
         sums = {name: digest for rank in results for result in rank for name, digest in result.sums.items()}
         sums |= {name: sha256(part / name) for name in (METADATA, STATE)}
         _write(part / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
@@ -302,7 +302,7 @@ class _Writer(dcp.FileSystemWriter):
 
 @dataclass(frozen=True)
 class _Summed(WriteResult):
-    """What a rank reports of a tensor that it wrote, with the SHA-256 of the files that it is in."""
+    """What a rank reports about a tensor that it wrote, with the SHA-256 of its files."""
 
     sums: dict[str, str]
 
@@ -311,16 +311,14 @@ def find(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the newest first.
 
     Raises:
-        BadInput: the operating system does not show what is in the folder.
+        BadInput: the folder cannot be listed.
     """
-    return [path for path in _named_steps(folder) if path.is_dir()]
+    return [path for path in _named_steps(folder) if os.path.isdir(path)]
 
 
 def _named_steps(folder: Path) -> list[Path]:
-    """Whatever bears the name of a checkpoint, the newest first."""
-    return sorted(
-        (folder / name for name in _names_in(folder) if _is_checkpoint(Path(name))), key=step_of, reverse=True
-    )
+    """Everything with the name of a checkpoint, the newest first."""
+    return sorted((folder / name for name in _names_in(folder) if is_checkpoint(Path(name))), key=step_of, reverse=True)
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -334,67 +332,50 @@ def _names_in(folder: Path) -> list[str]:
         ) from error
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return bool(re.fullmatch(r"step_(0|[1-9][0-9]*)", path.name))
-
-
-def run_of(resume: str) -> Path | None:
-    """The run directory that the path in `--resume` is or is in; None for no path, and for a checkpoint by itself."""
-    if resume in ("0", "auto"):
-        return None
-    path = Path(resume).absolute()
-    if not _is_checkpoint(path):
-        return path
-    return path.parent.parent if path.parent.name == FOLDER else None
-
-
-def choose(resume: str, run_dir: Path | None, world: World, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that `--resume` means, whole and held against its sums. Every rank takes part.
+def choose(resume: Resume, run_dir: Path | None, world: World) -> Path | None:
+    """The checkpoint that `--resume` means, checked against its sums. Every rank takes part.
 
     Args:
-        resume: "0"; "auto", the newest whole one in the run directory; or the path of a checkpoint or a run directory.
-        run_dir: where "auto" looks.
+        resume: from `Config.resume_from`.
+        run_dir: where `auto` looks.
         world: the ranks.
-        say: takes lines for the user: which checkpoints were refused.
 
     Returns:
-        The checkpoint, or None to start from the beginning.
+        The checkpoint, or None to start from scratch.
 
     Raises:
-        BadInput: a path has no checkpoint, or not a whole one.
+        BadInput: a path has no checkpoint, or there are some and none of them is intact.
     """
-    if resume == "0":
+    run = run_dir if resume.auto else resume.path
+    if run is None:
         return None
-    path = Path(resume)
-    if resume != "auto" and os.path.isdir(path) and _is_checkpoint(path):
-        candidates = [path]
-    else:
-        run = run_dir if resume == "auto" else path
-        # As one rank sees it, so that no rank looks for what another has just moved.
+    if resume.is_checkpoint:
+        candidates = [run] if os.path.isdir(run) else []
+    else:  # one rank looks, so that no rank looks for what another has just moved
         candidates = distributed.on_main(world, lambda: find(run / FOLDER))
-    if resume != "auto" and not candidates:
-        raise BadInput(f"--resume {resume}: no checkpoint there; name a run directory, or one of its {FOLDER}/step_N")
+    if not candidates and not resume.auto:
+        raise BadInput(
+            f"--resume {resume.given}: no checkpoint there; name a run directory, or one of its {FOLDER}/step_N"
+        )
     for folder in candidates:
         wrong = [w for w in distributed.gather(world, verify(folder, world.rank, world.size)) if w]
         if not wrong:
             return folder
-        if folder == path:
-            raise BadInput(f"--resume {resume}: {wrong[0]}; name another checkpoint")
-        say(f"refused {folder.name}: {wrong[0]}; trying the one before")
-    if resume != "auto":
-        raise BadInput(f"--resume {resume}: none of its {len(candidates)} checkpoints is whole; name another")
+        if resume.is_checkpoint:
+            raise BadInput(f"--resume {resume.given}: {wrong[0]}; name another checkpoint")
+        print0(f"refused {folder.name}: {wrong[0]}; trying the one before")
     if candidates:
+        instead = "name another --output_dir to start from scratch" if resume.auto else "name another run directory"
         raise BadInput(
-            f"--resume auto: none of the {len(candidates)} checkpoints in {run_dir / FOLDER} is whole; name another "
-            "--output_dir to begin anew"
+            f"--resume {resume.given}: none of the {len(candidates)} checkpoints in {run / FOLDER} is intact; {instead}"
         )
     return None
 
 
-def tidy(run_dir: Path, step: int) -> list[str]:
-    """Remove what killed saves left, and set aside the checkpoints after a step, which this run is going to repeat.
+def remove_leftovers(run_dir: Path, step: int) -> list[str]:
+    """Remove what killed saves left, and set aside the checkpoints after a step, because this run will repeat them.
 
-    Links are removed and set aside as such; what they lead to stays as it is.
+    Links are removed or renamed themselves; their targets are not touched.
 
     Returns:
         The new names of those that were set aside.
@@ -416,26 +397,26 @@ def tidy(run_dir: Path, step: int) -> list[str]:
     return aside
 
 
-def compare(record: dict[str, Any], facts: dict[str, Any], kind: str) -> list[str]:
-    """The settings that decide what is computed and in which this run differs from the one that wrote a record.
+def differences(saved: dict[str, Any], metadata: dict[str, Any], kind: str) -> list[str]:
+    """The settings in which this run differs from the one that wrote a checkpoint.
 
     Args:
-        record: from `read_record`.
-        facts: of this run.
+        saved: from `read_state`.
+        metadata: of this run.
         kind: "network" or "flags".
 
     Returns:
         A phrase for each, with its name and both values.
     """
     return [
-        f"{kind} {name} was {record[kind].get(name)} and is {value}"
-        for name, value in facts[kind].items()
-        if record[kind].get(name) != value
+        f"{kind} {name} was {saved[kind].get(name)} and is {value}"
+        for name, value in metadata[kind].items()
+        if saved[kind].get(name) != value
     ]
 
 
 def versions() -> dict[str, str]:
-    """What the numbers may depend on beside the configuration."""
+    """Versions that results may depend on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
@@ -444,7 +425,7 @@ def _part(folder: Path) -> Path:
 
 
 def _delete(folder: Path) -> None:
-    """Hide a checkpoint first, so that none that is half deleted bears its name."""
+    """Delete a checkpoint. It is renamed first, so that a half deleted one does not look intact."""
     part = _part(folder)
     _remove(part)
     os.rename(folder, part)
@@ -452,7 +433,7 @@ def _delete(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder with what is in it, or a file; of a link, the link alone. Nothing there is fine."""
+    """Delete a folder and its content, a file, or a link but not its target. The path may be missing."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
@@ -467,7 +448,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make names in a folder outlast a power failure."""
+    """Make renames in a folder survive a power failure."""
     if hasattr(os, "O_DIRECTORY"):  # Windows syncs no folders
         descriptor = os.open(folder, os.O_DIRECTORY)
         try:
@@ -477,7 +458,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first, on which rank, out of what torch.distributed.checkpoint wraps around it."""
+    """The first cause, and its rank, in what torch.distributed.checkpoint raises."""
     if not isinstance(error, CheckpointException):
         return str(error)
     rank, (cause, _) = next(iter(error.failures.items()))

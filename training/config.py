@@ -4,198 +4,201 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
+import re
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from common import BadInput
 
-DTYPES = ("float32", "float16", "bfloat16")
-
-LONGEST_TIMEOUT_S = 10**9
-"""torch counts nanoseconds in 64 bits"""
+CHECKPOINTS = "checkpoints"
+"""folder of a run directory in which its checkpoints are, step_N"""
 LARGEST = 1e12
-"""of a number that is no count: the product of three still fits float32"""
-
-LAPTOP = {
-    "model": "nano",
-    "batch_size": 8,
-    "sequence_length": 128,
-    "total_batch_size": 1024,
-    "num_iterations": 200,
-    "learning_rate": 2e-3,
-}
-GPU = {
-    "model": "d12",
-    "batch_size": 4,
-    "sequence_length": 1024,
-    "total_batch_size": 16384,
-    "num_iterations": 200,
-    "learning_rate": 6e-4,
-}
-DECIDING = (
-    *("shuffle", "overfit_single_batch", "sequence_length", "total_batch_size", "num_iterations", "learning_rate"),
-    *("warmup_iters", "learning_rate_decay_frac", "weight_decay", "grad_clip", "skip_loss_z", "skip_norm_z", "dtype"),
-)
-BY_DEVICE = {"cpu": LAPTOP, "mps": LAPTOP, "cuda": GPU}
-"""Defaults that follow the device: the largest preset that suits it, and a run of minutes."""
+"""of a float: the product of three still fits float32"""
 
 
-def flag(default: Any, group: str, help: str, choices: tuple | None = None) -> Any:
-    """A field of Config that is a flag of the same name; `help` is its documentation in both places."""
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, "choices": choices})
+def flag(
+    default: Any,
+    group: str,
+    *,
+    decides: bool,
+    help: str,
+    cpu: Any = None,
+    cuda: Any = None,
+    least: float = 0,
+    most: float | None = None,
+    choices: tuple | None = None,
+) -> Any:
+    """A field of Config that is a flag of the same name. All that is known of the flag stands here.
+
+    Args:
+        default: None where it follows the device, or is not known before `Config.resolved`.
+        group: under which --help lists it.
+        decides: whether it decides what a run computes, so that a resumed run has to have the same value. There is no
+            default: a new flag has to be classed.
+        help: its documentation, a sentence.
+        cpu: the default on a CPU and on mps, where it follows the device.
+        cuda: the default on an NVIDIA GPU.
+        least: the smallest number allowed.
+        most: the largest; None for the largest of its type.
+        choices: all values allowed, where those are few.
+    """
+    facts = {"group": group, "decides": decides, "help": help, "least": least, "most": most, "choices": choices}
+    return dataclasses.field(default=default, metadata=facts | {"by_device": {"cpu": cpu, "mps": cpu, "cuda": cuda}})
 
 
-def switch(default: int, group: str, help: str) -> Any:
-    """A flag that takes 0 or 1."""
-    return flag(default, group, help, choices=(0, 1))
+def switch(group: str, *, decides: bool, help: str) -> Any:
+    """A flag that is 0 or 1, and 0 unless it is given."""
+    return flag(0, group, decides=decides, help=help, choices=(0, 1))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it bears the name of a checkpoint."""
+    return bool(re.fullmatch(r"step_(0|[1-9][0-9]*)", path.name))
+
+
+class Resume(NamedTuple):
+    """What `--resume` asks for: to start from scratch (neither `auto` nor a `path`), or from a checkpoint."""
+
+    given: str
+    """the flag's value, for messages"""
+    auto: bool = False
+    """from the newest intact checkpoint in --output_dir, or from scratch if it has none"""
+    path: Path | None = None
+    """from this checkpoint, or the newest of this run directory"""
+
+    @classmethod
+    def parse(cls, given: str) -> "Resume":
+        """Interpret the flag's value. Nothing is looked up on the disk."""
+        return cls(given, given == "auto", None if given in ("0", "auto") else Path(given).absolute())
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether `path` has the name of a checkpoint, and not of a run directory."""
+        return self.path is not None and is_checkpoint(self.path)
+
+    @property
+    def run(self) -> Path | None:
+        """The run directory that `path` is or is in; None for a checkpoint that is in none."""
+        if self.path is None or not self.is_checkpoint:
+            return self.path
+        return self.path.parent.parent if self.path.parent.name == CHECKPOINTS else None
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run. A field that is None follows the device: see `resolved`.
+    """Everything that decides a run. Types are those of a run: before `resolved`, a field may be None.
 
     Raises:
         BadInput: a value is impossible whatever the device and the model.
     """
 
-    model: str | None = flag(
-        None,
-        "model",
-        "What to train: nano, d12, d24, d36 or d48 (random weights); gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub "
-        "name or a folder of transformers (pretrained); a .bin file of llm.c or a run directory (default: nano on a "
-        "CPU, d12 on a GPU).",
-    )
-    backend: str | None = flag(
-        None,
-        "model",
-        "What computes the ops: triton, eager, or sdpa (eager but for attention by scaled_dot_product_attention), and "
-        "exceptions by op, as in triton,attention=sdpa (default: triton on a GPU, eager elsewhere).",
-    )
-    flash: int = switch(0, "model", "llm.c's name for --backend sdpa: 1 makes eager attention sdpa.")
+    # fmt: off
+    model: str = flag(None, "model", decides=False, cpu="nano", cuda="d12",  # the network's shape is compared instead
+        help="What to train: nano, d12, d24, d36 or d48 (random weights); gpt2, gpt2-medium, gpt2-large, gpt2-xl, a "
+        "hub name or a folder of transformers (pretrained); a .bin file of llm.c or a run directory.")
+    backend: str = flag(None, "model", decides=False,
+        help="What computes the ops: triton, eager, or sdpa (eager with attention by scaled_dot_product_attention), "
+        "and exceptions by op, as in triton,attention=sdpa (default: triton on a GPU, eager elsewhere).")
+    flash: int = switch("model", decides=False,
+        help="llm.c's name for --backend sdpa: 1 makes eager attention sdpa, and is refused where attention is a "
+        "Triton kernel.")
 
-    input_bin: str | None = flag(
-        None, "data", "Glob of the training shards (default: the embedded corpus, tokenised on first use)."
-    )
-    input_val_bin: str | None = flag(
-        None, "data", 'Glob of the validation shards; "" for none (default: none, or the embedded corpus\'s own).'
-    )
-    shuffle: int = switch(
-        0,
-        "data",
-        "1 reads shards and sequences in an order drawn anew for each epoch, the same for any number of ranks; 0 in "
-        "the order on disk, as llm.c.",
-    )
-    overfit_single_batch: int = switch(0, "data", "1 trains on the first batch over and over, to see the loss fall.")
+    input_bin: str | None = flag(None, "data", decides=False,  # the shards are compared instead
+        help="Glob of the training shards (default: the embedded corpus, tokenised on first use).")
+    input_val_bin: str | None = flag(None, "data", decides=False,
+        help='Glob of the validation shards; "" for none (default: none, or the embedded corpus\'s own).')
+    shuffle: int = switch("data", decides=True,
+        help="1 reads shards and sequences in an order drawn for each epoch, the same for any number of ranks; 0 in "
+        "the order on disk, as llm.c.")
+    overfit_single_batch: int = switch("data", decides=True,
+        help="1 trains on the first batch over and over, to see the loss fall.")
 
-    batch_size: int | None = flag(None, "batch", "Sequences in a micro-batch of one rank, B (default: 8; GPU 4).")
-    sequence_length: int | None = flag(None, "batch", "Tokens in a sequence, T (default: 128; GPU 1024).")
-    total_batch_size: int | None = flag(
-        None,
-        "batch",
-        "Tokens per update over all ranks, a multiple of B*T*ranks (default: the smallest multiple that is at least "
-        "1024; GPU 16384).",
-    )
+    batch_size: int = flag(None, "batch", decides=False, cpu=8, cuda=4, least=1,
+        help="Sequences in a micro-batch of one rank, B.")
+    sequence_length: int = flag(None, "batch", decides=True, cpu=128, cuda=1024, least=1,
+        help="Tokens in a sequence, T.")
+    total_batch_size: int = flag(None, "batch", decides=True, cpu=1024, cuda=16384, least=1,
+        help="Tokens per update over all ranks, a multiple of B*T*ranks; rounded up to one if it is not given.")
 
-    num_iterations: int | None = flag(None, "optimisation", "Number of updates (default: 200).")
-    learning_rate: float | None = flag(None, "optimisation", "Peak learning rate (default: 2e-3; GPU 6e-4).")
-    warmup_iters: int = flag(0, "optimisation", "Updates over which the learning rate rises linearly.")
-    learning_rate_decay_frac: float = flag(
-        1.0, "optimisation", "Fraction of the learning rate at which the cosine ends; 1 keeps it constant."
-    )
-    weight_decay: float = flag(0.0, "optimisation", "AdamW's decay of the tensors of two or more dimensions.")
-    grad_clip: float = flag(1.0, "optimisation", "Largest norm of the gradient; 0 does not clip.")
-    skip_loss_z: float = flag(
-        0.0,
-        "optimisation",
-        "Skip an update whose loss lies more than so many standard deviations above the mean of the last 128; 0 skips "
-        "none but those that are not finite.",
-    )
-    skip_norm_z: float = flag(
-        0.0, "optimisation", "The same for the norm of the gradient before it is clipped; 0 skips none."
-    )
+    num_iterations: int = flag(200, "optimisation", decides=True,
+        help="Number of updates.")
+    learning_rate: float = flag(None, "optimisation", decides=True, cpu=2e-3, cuda=6e-4,
+        help="Peak learning rate.")
+    warmup_iters: int = flag(0, "optimisation", decides=True,
+        help="Updates over which the learning rate rises linearly.")
+    learning_rate_decay_frac: float = flag(1.0, "optimisation", decides=True,
+        help="Fraction of the learning rate at which the cosine ends; 1 keeps it constant.")
+    weight_decay: float = flag(0.0, "optimisation", decides=True,
+        help="AdamW's decay of the tensors of two or more dimensions.")
+    grad_clip: float = flag(1.0, "optimisation", decides=True,
+        help="Largest norm of the gradient; 0 does not clip.")
+    skip_loss_z: float = flag(0.0, "optimisation", decides=True,
+        help="Skip an update whose loss is more than this many standard deviations above the mean of the last 128; 0 "
+        "skips only losses that are not finite.")
+    skip_norm_z: float = flag(0.0, "optimisation", decides=True,
+        help="The same for the norm of the gradient before it is clipped.")
 
-    val_loss_every: int | None = flag(
-        None, "evaluation", "Steps between validations; 0 for none (default: 50 where there are validation shards)."
-    )
-    val_max_steps: int = flag(20, "evaluation", "Batches of a validation, on each rank.")
-    sample_every: int | None = flag(
-        None, "evaluation", "Steps between samples; 0 for none (default: 100 for GPT-2's vocabulary)."
-    )
-    inference_only: int = switch(0, "evaluation", "1 measures forward passes only; nothing is trained.")
-    check: int = switch(
-        0,
-        "evaluation",
-        "1 holds the backend against eager on one batch, op by op and parameter by parameter, and exits 1 if one is "
-        "off; nothing is trained or written.",
-    )
+    val_loss_every: int = flag(None, "evaluation", decides=False,
+        help="Steps between validations; 0 for none (default: 50 where there are validation shards).")
+    val_max_steps: int = flag(20, "evaluation", decides=False, least=1,
+        help="Batches of a validation, on each rank.")
+    sample_every: int | None = flag(None, "evaluation", decides=False,
+        help="Steps between samples; 0 for none (default: 100 for GPT-2's vocabulary).")
+    inference_only: int = switch("evaluation", decides=False,
+        help="1 measures forward passes only; nothing is trained.")
+    check: int = switch("evaluation", decides=False,
+        help="1 compares the backend with eager on one batch, op by op and parameter by parameter, and exits with 1 if "
+        "one is off; nothing is trained or written.")
 
-    device: str = flag("", "machine", "cuda, mps or cpu (default: the first of them that is there).")
-    dtype: str = flag("float32", "machine", "Type of the matmuls; below float32, autocast around the forward.", DTYPES)
-    tensorcores: int = switch(0, "machine", "1 lets float32 matmuls round their inputs to TF32.")
-    compile: int = switch(0, "machine", "1 compiles the model with torch.compile.")
-    recompute: int = flag(
-        0,
-        "machine",
-        "What the backward pass makes again instead of keeping it: 0 nothing, 1 GELUs, 2 LayerNorms too.",
-        (0, 1, 2),
-    )
-    zero_stage: int = flag(
-        0,
-        "machine",
-        "What is sharded over the ranks of torchrun: 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters "
-        "too.",
-        (0, 1, 2, 3),
-    )
-    timeout_s: int = flag(600, "machine", "Seconds that a rank waits for the others before it gives up and says why.")
-    check_ranks_every: int = flag(
-        0,
-        "machine",
-        "Steps between comparisons of the ranks' weights, which stop the run where they differ; 0 for none.",
-    )
+    device: str = flag("", "machine", decides=False,
+        help="cuda, mps or cpu (default: the first of them that is there).")
+    dtype: str = flag("float32", "machine", decides=True, choices=("float32", "float16", "bfloat16"),
+        help="Type of the matmuls; below float32, autocast around the forward pass.")
+    tensorcores: int = switch("machine", decides=False,
+        help="1 lets float32 matmuls round their inputs to TF32.")
+    compile: int = switch("machine", decides=False,
+        help="1 compiles the model with torch.compile.")
+    recompute: int = flag(0, "machine", decides=False, choices=(0, 1, 2),
+        help="What the backward pass recomputes instead of saving it: 0 nothing, 1 GELUs, 2 also LayerNorms.")
+    zero_stage: int = flag(0, "machine", decides=False, choices=(0, 1, 2, 3),
+        help="What is sharded over the ranks of torchrun: 0 nothing, 1 the optimizer state, 2 also gradients, 3 also "
+        "parameters.")
+    timeout_s: int = flag(600, "machine", decides=False, least=1, most=10**9,  # torch counts nanoseconds in 64 bits
+        help="Seconds that a rank waits for the others before it gives up and says why.")
+    check_ranks_every: int = flag(0, "machine", decides=False,
+        help="Steps between comparisons of the ranks' weights, which stop the run where they differ; 0 for none.")
 
-    checkpoint_every: int = flag(
-        0, "checkpoints", "Steps between checkpoints; 0 saves only where SIGTERM, SIGUSR1 or SIGHUP end the run."
-    )
-    keep: int = flag(2, "checkpoints", "How many of the newest checkpoints stay.")
-    keep_every: int = flag(
-        0, "checkpoints", "Checkpoints of steps that are a multiple of this stay as well; 0 for none."
-    )
-    resume: str = flag(
-        "0",
-        "checkpoints",
-        "auto goes on from the newest whole checkpoint in --output_dir, or begins there if it has none; a path, from "
-        "that checkpoint, or the newest of that run directory, in its run directory unless --output_dir names a new "
-        "folder; 0 begins anew.",
-    )
-    resume_override: int = switch(
-        0, "checkpoints", "1 resumes although data order, batch or schedule differ from the checkpoint's."
-    )
+    checkpoint_every: int = flag(0, "checkpoints", decides=False,
+        help="Steps between checkpoints; 0 saves only when SIGTERM, SIGUSR1 or SIGHUP ends the run.")
+    keep: int = flag(2, "checkpoints", decides=False, least=1,
+        help="How many of the newest checkpoints are kept.")
+    keep_every: int = flag(0, "checkpoints", decides=False,
+        help="Checkpoints of steps that are a multiple of this are kept as well; 0 for none.")
+    resume: str = flag("0", "checkpoints", decides=False,
+        help="auto resumes from the newest intact checkpoint in --output_dir, or starts from scratch if it has none; a "
+        "path resumes from that checkpoint, or from the newest of that run directory, and writes to the same run "
+        "directory unless --output_dir names a new folder; 0 starts from scratch.")
+    resume_override: int = switch("checkpoints", decides=False,
+        help="1 resumes although data order, batch or schedule differ from the checkpoint's.")
 
-    output_dir: str | None = flag(
-        None, "output", 'Folder for everything that the run leaves; "" leaves nothing (default: a new one under runs/).'
-    )
-    write_tensors: int = switch(
-        0, "output", "1 writes the first weights, a debug state and the tokenizer in llm.c's formats."
-    )
-    tensorboard: int = switch(0, "output", "1 writes TensorBoard events too (needs the extra: tensorboard).")
+    output_dir: str | None = flag(None, "output", decides=False,
+        help='Folder for everything that the run writes; "" writes nothing (default: a new one under runs/).')
+    write_tensors: int = switch("output", decides=False,
+        help="1 writes the first weights, a debug state and the tokenizer in llm.c's formats.")
+    tensorboard: int = switch("output", decides=False,
+        help="1 writes TensorBoard events too (needs the extra: tensorboard).")
+    # fmt: on
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length", "total_batch_size", "val_max_steps", "timeout_s", "keep"):
-            self._check(name, getattr(self, name), least=1)
-        if self.timeout_s > LONGEST_TIMEOUT_S:
-            raise BadInput(f"--timeout_s is {self.timeout_s}; it must be at most {LONGEST_TIMEOUT_S}")
-        for name in ("num_iterations", "warmup_iters", "val_loss_every", "sample_every", "check_ranks_every"):
-            self._check(name, getattr(self, name), least=0)
-        for name in ("checkpoint_every", "keep_every"):
-            self._check(name, getattr(self, name), least=0)
-        for name in ("learning_rate", "learning_rate_decay_frac", "weight_decay", "grad_clip"):
-            self._check(name, getattr(self, name), least=0.0)
-        for name in ("skip_loss_z", "skip_norm_z"):
-            self._check(name, getattr(self, name), least=0.0)
+        for field in dataclasses.fields(self):
+            kind, value, least = _type_of(field), getattr(self, field.name), field.metadata["least"]
+            most = field.metadata["most"] or (sys.maxsize if kind is int else LARGEST)
+            if kind is not str and value is not None and not least <= value <= most:
+                raise BadInput(f"--{field.name} is {value}; it must be from {kind(least)} to {most}")
         if self.model == "":
             raise BadInput('--model is ""; give a preset, a name or a path, or leave it out')
         if self.input_bin == "":
@@ -209,18 +212,17 @@ class Config:
             raise BadInput('--checkpoint_every has nowhere to write to: give an --output_dir that is not ""')
         if self.checkpoint_every and self.inference_only:
             raise BadInput("--checkpoint_every has nothing to save with --inference_only 1; leave one of them out")
-        if self.resume == "auto" and not self.output_dir:
-            raise BadInput("--resume auto needs an --output_dir: the run to go on with")
         if self.resume == "":
             raise BadInput('--resume is ""; give auto, the path of a checkpoint or a run directory, or 0')
-        if self.resume != "0" and self.inference_only:
-            raise BadInput("--resume goes on with a training run; leave it or --inference_only 1 out")
+        if self.resume_from.auto and not self.output_dir:
+            raise BadInput("--resume auto needs an --output_dir: the run to resume")
+        if (self.resume_from.auto or self.resume_from.path) and self.inference_only:
+            raise BadInput("--resume continues a training run; leave it or --inference_only 1 out")
 
-    @staticmethod
-    def _check(name: str, value: float | None, least: float) -> None:
-        most = LARGEST if isinstance(least, float) else sys.maxsize
-        if value is not None and not least <= value <= most:
-            raise BadInput(f"--{name} is {value}; it must be from {least} to {most}")
+    @property
+    def resume_from(self) -> Resume:
+        """What `--resume` asks for."""
+        return Resume.parse(self.resume)
 
     def resolved(self, device_type: str, world_size: int) -> "Config":
         """Fill in what follows the device, and check the batch against the number of ranks.
@@ -237,7 +239,9 @@ class Config:
             BadInput: total_batch_size is no multiple of B·T·ranks.
         """
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        values = {"backend": default_backend(device_type)} | BY_DEVICE[device_type] | given
+        on_device = {field.name: field.metadata["by_device"][device_type] for field in dataclasses.fields(self)}
+        defaults = {name: value for name, value in on_device.items() if value is not None}
+        values = {"backend": default_backend(device_type)} | defaults | given
         micro_batch = values["batch_size"] * values["sequence_length"] * world_size
         below = values["total_batch_size"] // micro_batch * micro_batch
         if below != values["total_batch_size"]:
@@ -258,7 +262,7 @@ class Config:
 
     def deciding(self) -> dict[str, Any]:
         """The flags that decide what a run computes, whatever it computes on: what a resumed run has to share."""
-        return {name: getattr(self, name) for name in DECIDING}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["decides"]}
 
     def command_line(self, **changes: Any) -> str:
         """The arguments that give this configuration, with changes, for a shell."""
@@ -283,6 +287,10 @@ def shell_path(path: Path) -> str:
     """A path as a shell takes it, which no program takes for a flag, nor `--model` for a preset."""
     text = str(path)
     return shlex.quote(text if path.is_absolute() or ("/" in text and text[0] != "-") else f"./{text}")
+
+
+def _type_of(field: dataclasses.Field) -> type:
+    return next(kind for kind in (int, float, str) if kind.__name__ in str(field.type))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -321,16 +329,17 @@ def parse(argv: list[str] | None = None) -> Config:
         group = field.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        kind = next(kind for kind in (int, float, str) if kind.__name__ in str(field.type))
-        default = field.default
-        told = "" if default is None or "default" in field.metadata["help"] else f" (default: {default})"
+        kind, by_device = _type_of(field), field.metadata["by_device"]
+        told = f" (default: {field.default})"
+        if by_device["cpu"] is not None:
+            told = f" (default: {by_device['cpu']}; on a GPU {by_device['cuda']})"
         groups[group].add_argument(
             f"--{field.name}",
             type=_reads(kind),
-            default=default,
+            default=field.default,
             choices=field.metadata["choices"],
             metavar=None if field.metadata["choices"] else kind.__name__.upper(),
-            help=(field.metadata["help"] + told).replace("%", "%%"),
+            help=(field.metadata["help"] + ("" if "default" in field.metadata["help"] else told)).replace("%", "%%"),
         )
     argv = sys.argv[1:] if argv is None else argv
     for word in argv:

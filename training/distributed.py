@@ -1,6 +1,6 @@
-"""Ranks: who this process is, what it computes on, how a network is spread over them, and how they agree.
+"""Ranks: which one this process is, its device, how the network is parallelized over them, and how they agree.
 
-The loop is the same for one process and for many: with one rank, every function here is what it says and no more.
+The loop is the same for one process and for many: with one rank, these functions do nothing but the obvious.
 """
 
 import os
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,16 +23,16 @@ from model.gpt import GPT
 
 DEVICES = ("cuda", "mps", "cpu")
 TIMEOUT_S = 600
-"""how long a rank waits for the others, unless told otherwise"""
+"""how long a rank waits for the others by default"""
 
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""what torchrun tells a rank by environment variables"""
+"""environment variables that torchrun sets for each rank"""
 
 T = TypeVar("T")
 
 
 class RunStopped(Exception):
-    """A run that cannot go on. The message is one line that says where and why, and what is left."""
+    """A run that cannot continue. The message is one line that says where, why, and from where to resume."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,24 @@ class World:
     distributed: bool
     """True under torchrun, also with a single rank"""
     store: dist.Store | None = None
-    """what the ranks can write to and read from at any time; None where there is one process"""
+    """shared by the ranks, to be read and written at any time; None for one process"""
     timeout_s: int = TIMEOUT_S
     restarts: int = 0
-    """how often torchrun has started the ranks anew, after one of them failed"""
+    """how often torchrun has restarted the ranks, after one of them failed"""
     max_restarts: int = 0
-    """how often it would"""
-    launch: str = ""
-    """which torchrun started this rank, the same after it started the ranks anew"""
+    """how often it would at most"""
+    torchrun_id: str = ""
+    """which torchrun started this rank; a restart of the ranks does not change it"""
 
     @property
     def is_main(self) -> bool:
         """True on the one rank that prints and writes."""
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's name as CUDA gives it, or the kind of device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
 
 def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> World:
@@ -66,11 +71,11 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
 
     Args:
         device: "cuda", "cuda:1", "mps", "cpu", or "" for the first kind that is there.
-        zero_stage: what is going to be sharded; anything above 0 takes ranks.
+        zero_stage: what will be sharded; anything above 0 needs torchrun.
         timeout_s: how long a rank waits for the others before it gives up.
 
     Raises:
-        BadInput: no such device here, a ZeRO stage outside torchrun, or half of what torchrun tells its ranks.
+        BadInput: no such device here, a ZeRO stage without torchrun, or a part of torchrun's variables.
         RunStopped: a rank did not start in time.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -84,6 +89,8 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
     is_number = index.isascii() and index.isdecimal() and len(index) < 10
     if index and not (kind == "cuda" and is_number and int(index) < torch.cuda.device_count()):
         raise BadInput(f"--device {device}: there is no such device here; leave the number out")
+
+    number = int(index or 0)
 
     rank, local_rank, size = (_of_environment(*given) for given in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     distributed = bool(os.environ.get("LOCAL_RANK")) or size > 1
@@ -103,8 +110,8 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
     if distributed and kind == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise BadInput(f"--nproc_per_node asks for more ranks than the {torch.cuda.device_count()} GPUs here")
-        index = local_rank
-    chosen = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
+        number = local_rank
+    chosen = torch.device(kind, number) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(chosen)
     restarts, max_restarts = (_of_environment(f"TORCHELASTIC_{n}", 0) for n in ("RESTART_COUNT", "MAX_RESTARTS"))
@@ -113,7 +120,7 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
         timeout = timedelta(seconds=timeout_s)
         try:
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-            # The store of torchrun outlives the ranks, and with it what those before a restart wrote.
+            # torchrun's store outlives the ranks: without a prefix, they would read what ranks before a restart wrote.
             store = dist.PrefixStore(f"attempt_{restarts}", store)
             dist.init_process_group(
                 "nccl" if kind == "cuda" else "gloo",
@@ -127,15 +134,15 @@ def start(device: str = "", zero_stage: int = 0, timeout_s: int = TIMEOUT_S) -> 
             raise RunStopped(
                 f"rank {rank} waited for all {size} ranks to start, and not all came: {' '.join(str(error).split())}"
             ) from error
-    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {socket.gethostname()} {os.getppid()}"
-    return World(rank, local_rank, size, chosen, distributed, store, timeout_s, restarts, max_restarts, launch)
+    torchrun_id = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {socket.gethostname()} {os.getppid()}"
+    return World(rank, local_rank, size, chosen, distributed, store, timeout_s, restarts, max_restarts, torchrun_id)
 
 
 def _of_environment(name: str, default: int) -> int:
-    """A count that torchrun gives its ranks; an empty variable counts as none.
+    """A count from torchrun's variables; the default if it is missing or empty.
 
     Raises:
-        BadInput: it is no count.
+        BadInput: it is not a count.
     """
     text = os.environ.get(name) or str(default)
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
@@ -150,7 +157,7 @@ def stop(world: World) -> None:
 
 
 def wait_for_device(world: World) -> None:
-    """Wait until the GPU has done what it was asked for."""
+    """Wait until the GPU is idle."""
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
 
@@ -162,10 +169,10 @@ def barrier(world: World) -> None:
 
 
 def on_main(world: World, function: Callable[[], T]) -> T:
-    """Call a function on the one rank that prints and writes, and give what it returned, or raised, to all of them.
+    """Call a function on rank 0, and return its result on every rank.
 
     Raises:
-        BadInput: the function did; on every rank, so that none waits for one that has ended.
+        BadInput: the function raised it; on every rank, so that none waits for one that has ended.
     """
     if not world.distributed:
         return function()
@@ -182,7 +189,7 @@ def on_main(world: World, function: Callable[[], T]) -> T:
 
 
 def gather(world: World, value: T) -> list[T]:
-    """What each rank gave, by rank, on every rank."""
+    """The values of all ranks, by rank, on every rank."""
     if not world.distributed:
         return [value]
     values: list = [None] * world.size
@@ -190,15 +197,15 @@ def gather(world: World, value: T) -> list[T]:
     return values
 
 
-def spread(gpt: GPT, world: World, zero_stage: int, dtype: str, compile: bool) -> tuple[torch.nn.Module, ...]:
-    """Prepare a network, which is on the device, for all ranks.
+def parallelize(gpt: GPT, world: World, zero_stage: int, dtype: str, compile: bool) -> tuple[torch.nn.Module, ...]:
+    """Parallelize a network over the ranks.
 
     Args:
-        gpt: sharded in place at stages 2 and 3 (ZeRO, https://arxiv.org/abs/1910.02054), left as it is below.
+        gpt: on the device; sharded in place at stages 2 and 3 (ZeRO, https://arxiv.org/abs/1910.02054).
         world: the ranks.
         zero_stage: 0 and 1, DistributedDataParallel; 2, FSDP2 that keeps parameters between forward and backward; 3,
             FSDP2 that frees them.
-        dtype: what the matmuls compute in.
+        dtype: of the matmuls.
         compile: with torch.compile.
 
     Returns:
@@ -207,11 +214,11 @@ def spread(gpt: GPT, world: World, zero_stage: int, dtype: str, compile: bool) -
     if zero_stage >= 2:
         shard(gpt, zero_stage, dtype, compile)
         return gpt, gpt
-    network = torch.compile(gpt, fullgraph=True) if compile else gpt
+    network: Any = torch.compile(gpt, fullgraph=True) if compile else gpt
     if not world.distributed:
         return network, network
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
-    # Gradients live in the buckets that are reduced, and not in a copy beside them.
+    # Gradients are views of the buckets that are reduced, which saves a copy.
     return DistributedDataParallel(network, device_ids=device_ids, gradient_as_bucket_view=True), network
 
 
@@ -219,34 +226,35 @@ def shard(gpt: GPT, zero_stage: int, dtype: str, compile: bool) -> None:
     """Apply FSDP2. The unit is a block: its matrices and their biases are gathered and freed together.
 
     What autocast computes in fp32 stays in fp32: LayerNorms and embeddings belong to the root, with the tied matrix,
-    which autocast casts for the logits as it does without sharding. A block's matrices travel in `dtype`, as autocast
-    would cast them, and gradients are reduced in fp32.
+    which autocast casts for the logits as it does without sharding. A block's matrices are gathered in `dtype`, as
+    autocast would cast them, and gradients are reduced in fp32.
     """
     low = None if dtype == "float32" else getattr(torch, dtype)
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     frees = zero_stage == 3
     for block in gpt.transformer.h:
-        if compile:  # below the hooks that gather and free, which torch.compile cannot look into
+        if compile:  # inside the hooks that gather and free, which torch.compile cannot trace
             block.attn.forward = torch.compile(block.attn.forward, fullgraph=True)
             block.mlp.forward = torch.compile(block.mlp.forward, fullgraph=True)
         fully_shard([block.attn, block.mlp], reshard_after_forward=frees, mp_policy=policy)
     root_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(gpt, reshard_after_forward=frees, mp_policy=root_policy)
-    # It warns that a view must not be changed in place; nothing here changes an activation in place.
+    # It warns against changing a view in place, which nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
-def settle_buckets(model: torch.nn.Module, world: World, shape: tuple[int, int], autocast: torch.autocast) -> None:
-    """Make a pass for nothing, after which the steps of a resumed run add up as those of one that was never cut.
+def warm_up_ddp(model: torch.nn.Module, world: World, shape: tuple[int, int], autocast: torch.autocast) -> None:
+    """Run one throw-away step so that DDP settles its buckets now; otherwise a resumed run would sum gradients in
+    another order than an uninterrupted one.
 
-    DDP lays its buckets out anew after its first backward pass, and with more than two ranks the place of a gradient
-    decides the order in which its sum is taken.
+    DDP rebuilds its buckets after its first backward pass, and with more than two ranks the place of a gradient in its
+    bucket decides the order of its sum.
 
     Args:
-        model: from `spread`; without DDP nothing happens.
+        model: from `parallelize`; without DDP nothing happens.
         world: the ranks.
         shape: (B, T) of the batches to come, so that nothing is compiled for another.
-        autocast: what forward passes run in.
+        autocast: the context of forward passes.
     """
     if isinstance(model, DistributedDataParallel) and world.size > 2:
         idx = torch.zeros(shape, dtype=torch.int64, device=world.device)
@@ -257,7 +265,7 @@ def settle_buckets(model: torch.nn.Module, world: World, shape: tuple[int, int],
 
 
 def synchronise_gradients(model: torch.nn.Module, now: bool, zero_stage: int) -> None:
-    """Say whether the next forward and backward average the gradients, or leave them to accumulate on each rank."""
+    """Set whether the next forward and backward average the gradients or accumulate them on each rank."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
     elif isinstance(model, FSDPModule):
@@ -267,12 +275,12 @@ def synchronise_gradients(model: torch.nn.Module, now: bool, zero_stage: int) ->
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be sharded. Every rank has to ask for it."""
+    """A tensor that may be sharded, put together. Every rank has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class FullWeights(Mapping[str, torch.Tensor]):
-    """Parameters by name, each put together from its shards when it is looked up, so that no more than one is whole at
+    """Parameters by name. Each is put together from its shards when it is looked up, so that there is one full copy at
     a time. Every rank has to look up the same names in the same order."""
 
     def __init__(self, params: Mapping[str, torch.Tensor]):
@@ -289,7 +297,7 @@ class FullWeights(Mapping[str, torch.Tensor]):
 
 
 def mean(values: torch.Tensor, world: World) -> torch.Tensor:
-    """The mean over the ranks of a small tensor on the world's device, the same bits on every rank."""
+    """The mean over the ranks of a small tensor on the device, bitwise identical on every rank."""
     if world.distributed:
         values = values.clone()
         dist.all_reduce(values)
@@ -298,10 +306,10 @@ def mean(values: torch.Tensor, world: World) -> torch.Tensor:
 
 
 class StopRequest:
-    """Signals that ask the run to end after the step at hand.
+    """Signals that ask the run to end after the current step.
 
     Ctrl-C (SIGINT) interrupts; a second one ends the process at once. SIGTERM and SIGUSR1, which schedulers send before
-    they take the machine away, and SIGHUP, which a terminal sends when it is closed, preempt: the run saves first.
+    they take the machine away, and SIGHUP, which a closing terminal sends, preempt: the run saves first.
     """
 
     def __init__(self) -> None:
@@ -311,7 +319,7 @@ class StopRequest:
     def install(self) -> "StopRequest":
         """Listen from now on."""
         signal.signal(signal.SIGINT, self._on_interrupt)
-        for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):  # Windows has the first alone
+        for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):  # Windows has only the first
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._on_preemption)

@@ -1,4 +1,4 @@
-"""What goes wrong in a run of days: updates that would spoil the weights, ranks that die, hang or disagree."""
+"""Faults of long runs: updates that would ruin the weights, ranks that die, hang or disagree."""
 
 import collections
 import contextlib
@@ -7,50 +7,52 @@ import json
 import math
 import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
-from common import tell
+from common import print_error
 from training import distributed
 from training.distributed import RunStopped, World
 
 WINDOW = 128
-"""values that an outlier is measured against, as in llm.c"""
+"""values in an outlier's mean and deviation, as in llm.c"""
 MOST_SKIPPED = 20
-"""updates skipped in a row, for values that were not finite, after which a run stops; float16 needs a few to find its
+"""updates in a row skipped for values that are not finite, after which a run stops; float16 needs a few to find its
 loss scale"""
 
 PULSE_S = 1.0
 SILENCE_S = 3.0
-"""a rank that does not write its pulse for so long is taken for dead"""
+"""a rank that has not written its pulse for this long is considered dead"""
 
 
 class UpdateGuard:
-    """Decides whether an update is made, from the loss and the gradient norm that all ranks agreed on.
+    """Decides whether to skip an update, from the loss and the gradient norm that all ranks agreed on.
 
-    Values that are not finite never are. A finite value is an outlier where it lies more than so many standard
-    deviations above the mean of the last 128, itself among them; there are none before 128 have been seen (llm.c's
+    Updates with values that are not finite are always skipped. A finite value is an outlier if it is more than so many
+    standard deviations above the mean of the last 128, itself included; before 128 values there are none (llm.c's
     outlier detector).
 
     Args:
-        loss_z: standard deviations for the loss; 0 lets all pass.
+        loss_z: standard deviations for the loss; 0 for no limit.
         norm_z: the same for the norm.
     """
 
     def __init__(self, loss_z: float = 0.0, norm_z: float = 0.0):
         self.limits = {"loss": loss_z, "norm": norm_z}
-        self.windows = {name: collections.deque(maxlen=WINDOW) for name in self.limits}
+        self.windows: dict[str, collections.deque[float]] = {
+            name: collections.deque(maxlen=WINDOW) for name in self.limits
+        }
         self.skipped = 0
-        """updates skipped so far, for whatever reason"""
+        """updates skipped so far, for any reason"""
         self.in_a_row = 0
-        """of them the last ones that were not finite, without one between that was"""
+        """the last updates, if they were skipped for values that are not finite"""
 
-    def objection(self, where: str, loss: float, norm: float) -> str | None:
-        """What speaks against the update with this loss and norm, in words; None where nothing does. It is counted.
+    def reason_to_skip(self, where: str, loss: float, norm: float) -> str | None:
+        """Why the update with this loss and norm must be skipped, in words, or None. Skipped updates are counted.
 
         Args:
             where: the step, and the data that were read, in words.
@@ -82,7 +84,7 @@ class UpdateGuard:
         return None
 
     def state_dict(self) -> dict:
-        """Everything that later decisions depend on, as JSON has it."""
+        """Everything that later decisions depend on, for JSON."""
         return {
             "windows": {name: list(window) for name, window in self.windows.items()},
             "skipped": self.skipped,
@@ -90,7 +92,7 @@ class UpdateGuard:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
         self.windows = {name: collections.deque(state["windows"][name], maxlen=WINDOW) for name in self.limits}
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
@@ -103,21 +105,21 @@ def _z_score(window: collections.deque) -> float:
     return (window[-1] - statistics.fmean(window)) / deviation if deviation else 0.0
 
 
-def compare_ranks(world: World, step: int, params: Mapping[str, torch.Tensor], facts: Mapping[str, object]) -> None:
-    """Hold the ranks' weights against each other, and whatever else has to be the same on all of them.
+def compare_ranks(world: World, step: int, params: Mapping[str, torch.Tensor], values: Mapping[str, object]) -> None:
+    """Compare the ranks' weights, and whatever else has to be the same on all of them.
 
     Args:
         world: the ranks; each takes part.
         step: updates done, for the message.
         params: weights by name; sharded ones are compared as each rank puts them together.
-        facts: by name, with a text that is the same wherever the thing is.
+        values: anything else that must agree, by name; compared by its `repr`.
 
     Raises:
-        RunStopped: on every rank, naming those that differ from the most, and the first thing in which they do.
+        RunStopped: on every rank, naming the ranks in the minority and the first value in which they differ.
     """
     weights = distributed.FullWeights(params)
     digests = {name: _digest(weights[name]) for name in weights}
-    digests |= {name: hashlib.sha256(repr(fact).encode()).hexdigest() for name, fact in facts.items()}
+    digests |= {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in values.items()}
     all_digests = distributed.gather(world, list(digests.values()))
     common, _ = collections.Counter(map(tuple, all_digests)).most_common(1)[0]
     odd = [rank for rank, theirs in enumerate(all_digests) if tuple(theirs) != common]
@@ -136,11 +138,11 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 class Watchdog:
-    """Knows where every rank is, so that a rank that waits in vain can say for whom.
+    """Tracks where each rank is, so that a stalled rank can report which one it waits for.
 
-    Each rank writes its place in the run to the store of the process group, every second, from a thread. When a
-    collective fails, or nothing has moved for most of the time-out, the places of the others tell who died (nothing
-    more is heard of it) and who hangs (it is still at an earlier place). Clocks of different machines are not compared.
+    A thread of each rank writes its place in the run to the store of the process group every second. When a collective
+    fails, or after most of the time-out without progress, the places of the others show which rank died (it no longer
+    writes) and which hangs (it is still at an earlier place). Clocks of different machines are not compared.
 
     Args:
         world: the ranks; with one process, nothing happens.
@@ -152,17 +154,28 @@ class Watchdog:
         self._since = time.monotonic()
         self._ended = False
         self._over = threading.Event()
-        self._store = world.store.clone() if world.store else None
+        self._store: Any = world.store.clone() if world.store else None
         self._others = [rank for rank in range(world.size) if rank != world.rank]
 
     def at(self, step: int, what: str) -> None:
-        """Say where this rank is. All ranks say the same things in the same order."""
+        """Note where this rank is. All ranks note the same places in the same order.
+
+        Args:
+            step: the update that is being made, or the last one that was.
+            what: what is being done.
+        """
         self._place = (step, self._place[1] + 1 if step == self._place[0] else 0, what)
         self._since = time.monotonic()
 
+    @property
+    def place(self) -> str:
+        """Where this rank is, in words."""
+        step, _, what = self._place
+        return f"step {step} ({what})"
+
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch over what happens inside. If a collective fails there, say why and end this process."""
+        """If a collective fails inside, print why and end this process."""
         if not self._store:
             yield
             return
@@ -173,40 +186,40 @@ class Watchdog:
         except RuntimeError as error:
             if not _is_about_other_ranks(error):
                 raise
-            tell(self._explain(error), sys.stderr)
+            print_error(self._explain(error))
             self._ended = True
             with contextlib.suppress(RuntimeError):  # the store may be gone too
                 self._write()
-            if self.world.is_main:  # it may hold the store, in which the others are still reading
+            if self.world.is_main:  # it may host the store, which the others still read
                 time.sleep(SILENCE_S + PULSE_S)
-            os._exit(1)  # threads that wait for the others would keep the process
+            os._exit(1)  # threads that wait for the others would keep the process alive
         finally:
             self._over.set()
 
     def _pulse(self) -> None:
-        told = None
+        reported = None
         while not self._over.wait(PULSE_S):
             try:
                 self._write()
-            except RuntimeError:  # the store is gone, and with it rank 0 or torchrun, which ends this process too
+            except RuntimeError:  # the store is gone: rank 0 or torchrun has ended, and ends this process too
                 return
-            # NCCL ends the process without an exception: what is to be said has to be said before.
-            if time.monotonic() - self._since > 0.8 * self.world.timeout_s and told != self._since:
-                told = self._since
-                tell(self._explain(None), sys.stderr)
+            # NCCL will end the process without an exception, so the line has to come before.
+            if time.monotonic() - self._since > 0.8 * self.world.timeout_s and reported != self._since:
+                reported = self._since
+                print_error(self._explain(None))
 
     def _write(self) -> None:
         self._store.set(f"pulse/{self.world.rank}", json.dumps([time.monotonic(), *self._place, self._ended]))
 
     def _pulses(self) -> dict[int, list]:
-        """What each of the other ranks wrote last."""
+        """What each of the other ranks last wrote."""
         there = [rank for rank in self._others if self._store.check([f"pulse/{rank}"])]
         return {rank: json.loads(self._store.get(f"pulse/{rank}")) for rank in there}
 
     def _explain(self, error: Exception | None) -> str:
         """One line: where this rank is, what it waited for, who is missing."""
         waited = time.monotonic() - self._since
-        here = f"[rank {self.world.rank}] waited {waited:.0f} s for the other ranks at {self._name(self._place)}"
+        here = f"[rank {self.world.rank}] waited {waited:.0f} s for the other ranks at {self.place}"
         try:
             before = self._pulses()
             for _ in range(round(SILENCE_S / PULSE_S)):
@@ -214,24 +227,21 @@ class Watchdog:
                 self._write()  # others may be listening for this one
             after = self._pulses()
         except RuntimeError:
-            return f"{here}: rank 0 is gone, and with it what the ranks write to"
+            return f"{here}: rank 0 is gone, and the store that it hosts"
         gone, behind = [], []
         for rank in self._others:
-            _, *place, ended = after.get(rank, (0.0, 0, 0, "starting", False))
+            _, step, count, what, ended = after.get(rank, (0.0, 0, 0, "starting", False))
             if after.get(rank) == before.get(rank) and not ended:
-                gone.append(f"rank {rank} is gone, last heard of at {self._name(place)}")
-            elif tuple(place[:2]) < self._place[:2]:
-                behind.append(f"rank {rank} has not arrived, it is at {self._name(place)}")
+                gone.append(f"rank {rank} is gone, last heard of at step {step} ({what})")
+            elif (step, count) < self._place[:2]:
+                behind.append(f"rank {rank} has not arrived, it is at step {step} ({what})")
         missing = gone or behind or ["none of them is behind"]
         reason = f" ({' '.join(str(error).split())[:160]})" if error and not (gone or behind) else ""
         return f"{here}: {'; '.join(missing)}{reason}"
 
-    def _name(self, place: tuple[int, int, str]) -> str:
-        return f"step {place[0] + 1} ({place[2]})"
-
 
 def _is_about_other_ranks(error: RuntimeError) -> bool:
-    """Whether a collective failed, as torch's backends report it: with RuntimeError, or a subclass of their own."""
+    """Whether a collective failed: torch's backends raise RuntimeError, or subclasses of their own."""
     text = str(error)
     return isinstance(error, torch.distributed.DistError) or any(
         sign in text for sign in ("gloo", "Connection closed", "Timed out", "NCCL", "Application timeout")

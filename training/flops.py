@@ -1,11 +1,11 @@
-"""FLOPs of the model, and the peaks that they are measured against."""
+"""FLOPs of the model, and peak FLOP/s of GPUs."""
 
 import re
 
 from model.gpt import GPTConfig
 
 # Dense peaks in TFLOP/s: (float32, TF32, float16 and bfloat16 with float32 accumulation). None: the chip has no such
-# unit. From NVIDIA's datasheets and architecture whitepapers of each GPU, halved where those count sparsity.
+# unit. From NVIDIA's datasheets and architecture whitepapers of each GPU, halved where they count sparsity.
 _PEAKS = {
     r"NVIDIA A100.*": (19.5, 156, 312),
     r"NVIDIA H100 80GB HBM3": (66.9, 494.7, 989.4),
@@ -33,12 +33,12 @@ def flops_per_token(config: GPTConfig, sequence_length: int) -> int:
 
 
 def peak_flops(gpu: str, dtype: str, tensorcores: int) -> float | None:
-    """Dense peak of a GPU in FLOP/s, or None where it is not known.
+    """Dense peak of a GPU in FLOP/s, or None if it is not known for certain.
 
     Args:
-        gpu: the name as torch.cuda.get_device_name gives it; only names of which the peak is certain are known.
+        gpu: the name as torch.cuda.get_device_name gives it.
         dtype: float32, float16 or bfloat16.
-        tensorcores: 1 where float32 matmuls run as TF32.
+        tensorcores: 1 if float32 matmuls run as TF32.
     """
     for pattern, (fp32, tf32, half) in _PEAKS.items():
         if re.fullmatch(pattern, gpu):

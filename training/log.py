@@ -1,4 +1,8 @@
-"""What a run leaves behind: main.log, metrics.jsonl, loss.png, and TensorBoard events on request."""
+"""What a run leaves behind: main.log, metrics.jsonl, loss.png, and TensorBoard events on request.
+
+Step N is the N-th update, and the moment after it: N updates are done. Only main.log counts updates from 0, as llm.c's
+does: there, `s:N trl` is the training loss of step N + 1, and `s:N tel` the validation loss after step N.
+"""
 
 import contextlib
 import io
@@ -11,10 +15,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from common import BadInput, atomic_write, tell, write_errors
+from common import BadInput, atomic_write, print0, write_errors
 from readers import integer, open_regular, parse_json, require
 
 try:
@@ -27,14 +32,14 @@ LONGEST_LINE = 1 << 16
 
 
 class RunLog:
-    """Records of one run, written as they come in, so that whatever stops the run leaves everything before it.
+    """Records of one run, written as they come in, so that they are complete up to whatever stops the run.
 
-    What cannot be written, because the disk is full or the folder was taken away, is no reason to stop a run: a warning
-    says so, and lines are kept until there is room for them. Nor is whatever fails in matplotlib or TensorBoard.
+    A full disk or a missing folder does not stop the run: a warning is printed, and lines wait until they can be
+    written. Nor does any failure in matplotlib or TensorBoard.
 
     Args:
-        output_dir: an existing folder, or None to keep nothing.
-        title: what loss.png is headed with.
+        output_dir: an existing folder, or None to write nothing.
+        title: of loss.png.
     """
 
     def __init__(self, output_dir: Path | None, title: str = ""):
@@ -45,43 +50,45 @@ class RunLog:
         self.train_losses: list[tuple[int, float]] = []
         self.val_losses: list[tuple[int, float]] = []
         self._drawn = 0
-        """losses in the picture"""
+        """number of losses in the picture"""
         self._events = None
 
-    def open(self, first_step: int = 0, tensorboard: bool = False) -> "RunLog":
-        """Go on from a step of a run that was here before; what it recorded from there on is forgotten.
+    def open(self, steps_done: int = 0, tensorboard: bool = False) -> "RunLog":
+        """Continue the records of a run, truncated to the steps that are done.
 
-        Lines that a power failure or an editor has spoilt are left out, and a warning says how many.
+        Lines that a power failure or an editor has damaged are left out, and a warning says how many.
 
         Args:
-            first_step: that step; 0 for a new run.
+            steps_done: 0 for a new run.
             tensorboard: write TensorBoard events as well.
 
         Raises:
-            BadInput: what an earlier run left cannot be read or cut, or tensorboard is not installed.
+            BadInput: earlier logs cannot be read or truncated, or tensorboard is not installed.
         """
         if self.output_dir:
             if tensorboard:
                 summary_writer = _tensorboard_writer()
-                with self._going_on("events.out.tfevents*"):
-                    self._events = summary_writer(str(self.output_dir), purge_step=first_step)
-            self._go_on_from(first_step)
+                with self._warning("events.out.tfevents*"):
+                    # It drops the events of the last step too: `_truncate` adds those of the update again, and the
+                    # validation will be repeated.
+                    self._events = summary_writer(str(self.output_dir), purge_step=steps_done)
+            self._truncate(steps_done)
         return self
 
-    def train(self, metrics: dict[str, float | None]) -> None:
-        """Record an update: its `step` and `loss`, and whatever else stands in `metrics`, as one line of metrics.jsonl.
+    def train(self, metrics: dict[str, Any]) -> None:
+        """Record an update: its `step`, from 1, its `loss` in nats, and what else there is, as a line of metrics.jsonl.
 
         A number that is not finite becomes null, which is what JSON has for it.
         """
         step, loss = metrics["step"], metrics["loss"]
         self.train_losses.append((step, loss))
-        self._append("main.log", f"s:{step} trl:{loss:.6f}\n")
+        self._append("main.log", f"s:{step - 1} trl:{loss:.6f}\n")
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
         self._append("metrics.jsonl", json.dumps(finite) + "\n")
-        self._add_scalars(step, {f"train/{key}": value for key, value in finite.items() if key != "step"})
+        self._add_metrics(finite)
 
     def validation(self, step: int, loss: float) -> None:
-        """Record a validation loss in nats, and draw loss.png anew."""
+        """Record the validation loss after a step, in nats, and redraw loss.png."""
         self.val_losses.append((step, loss))
         self._append("main.log", f"s:{step} tel:{loss:.6f}\n")
         self._add_scalars(step, {"validation/loss": loss})
@@ -92,18 +99,18 @@ class RunLog:
         n_losses = len(self.train_losses) + len(self.val_losses)
         if not self.output_dir or n_losses == self._drawn:
             return
-        with self._going_on("loss.png"), warnings.catch_warnings(), atomic_write(self.output_dir / "loss.png") as file:
-            warnings.simplefilter("ignore")  # of glyphs that the font lacks
+        with self._warning("loss.png"), warnings.catch_warnings(), atomic_write(self.output_dir / "loss.png") as file:
+            warnings.simplefilter("ignore")  # about glyphs that the font lacks
             figure = self._figure()
             figure.savefig(file, format="png", dpi=120)
             self._drawn = n_losses
 
-    def _figure(self):
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot keep its cache of fonts
-        from matplotlib.figure import Figure  # here, because settings of the user's may make the import fail
+    def _figure(self) -> Any:
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if it cannot write its cache of fonts
+        from matplotlib.figure import Figure  # here, because the user's settings may make the import fail
 
         figure = Figure(figsize=(8, 4.5))
-        axes = figure.add_axes((0.08, 0.12, 0.9, 0.8))  # a layout that is computed takes as long as the rest
+        axes = figure.add_axes((0.08, 0.12, 0.9, 0.8))  # computing a layout takes as long as the rest
         if self.train_losses:
             axes.plot(*zip(*self.train_losses, strict=True), color="tab:blue", linewidth=1, label="training")
         if self.val_losses:
@@ -111,45 +118,59 @@ class RunLog:
             step, loss = self.val_losses[-1]
             axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="right")
         axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
-        title = self.title.encode(errors="backslashreplace").decode()  # a path may hold bytes that are no UTF-8
+        title = self.title.encode(errors="backslashreplace").decode()  # a path may not be UTF-8
         axes.set_title(title, parse_math=False)
         axes.grid(alpha=0.3)
         axes.legend()
         return figure
 
     def sync(self) -> None:
-        """Make the lines outlast a power failure."""
+        """Make the lines survive a power failure."""
         for name in self._waiting:
             if self.output_dir:
-                with self._going_on(name), open(self.output_dir / name, "ab") as file:
+                with self._warning(name), open(self.output_dir / name, "ab") as file:
                     os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Draw the last picture and flush what was not written yet."""
+        """Draw the last picture and write the lines that wait."""
         self.draw()
         for name in self._waiting:
             self._append(name, "")
         if self._events:
-            with self._going_on("events.out.tfevents*"):
+            with self._warning("events.out.tfevents*"):
                 self._events.close()
 
-    def _go_on_from(self, first_step: int) -> None:
-        """Cut off the lines of steps that are to come, and what is no whole line; remember the others' losses."""
-        for name, parse in (("main.log", _parse_main), ("metrics.jsonl", _parse_metrics)):
-            content, kept, spoilt = self._content(name), bytearray(), 0
-            for line in io.BytesIO(content):
-                parsed = parse(line)
-                if parsed is None:
-                    spoilt += 1
-                elif parsed[0] < first_step:
-                    kept += line
-                    if parsed[1]:
-                        (self.train_losses if parsed[1] == "trl" else self.val_losses).append((parsed[0], parsed[2]))
-            if spoilt:
-                tell(f"warning: {self.output_dir / name}: lines that cannot be read are left out: {spoilt}")
-            if kept != content:
+    def _truncate(self, steps_done: int) -> None:
+        """Drop damaged lines, and those of steps that will be repeated; keep the losses of the others for loss.png."""
+        found = {
+            name: [(line, parse(line)) for line in io.BytesIO(self._content(name))]
+            for name, parse in (("main.log", _parse_main), ("metrics.jsonl", _parse_metrics))
+        }
+        updates, steps = (
+            [parsed.step for _, parsed in lines if parsed and parsed.kind != "tel"] for lines in found.values()
+        )
+        if steps_done and steps and (steps[0] == 0 or steps == [step - 1 for step in updates]):
+            raise BadInput(
+                f"{self.output_dir / 'metrics.jsonl'} counts steps from 0, as earlier versions did; move it away"
+            )
+        for name, lines in found.items():
+            content = bytearray()
+            for line, parsed in lines:
+                # The validation after the last step is still to come.
+                if steps_done and parsed and parsed.step <= steps_done - (parsed.kind == "tel"):
+                    content += line
+                    if parsed.kind == "trl":
+                        self.train_losses.append((parsed.step, parsed.loss))
+                    elif parsed.kind == "tel":
+                        self.val_losses.append((parsed.step, parsed.loss))
+                    elif parsed.step == steps_done:
+                        self._add_metrics(json.loads(line))
+            damaged = sum(parsed is None for _, parsed in lines)
+            if damaged:
+                print0(f"warning: {self.output_dir / name}: lines that cannot be read are left out: {damaged}")
+            if len(content) < sum(len(line) for line, _ in lines):
                 with atomic_write(self.output_dir / name) as file:
-                    file.write(kept)
+                    file.write(content)
 
     def _content(self, name: str) -> bytes:
         path = self.output_dir / name
@@ -164,20 +185,24 @@ class RunLog:
     def _append(self, name: str, lines: str) -> None:
         if self.output_dir:
             self._waiting[name] += lines.encode()
-            with self._going_on(name), open(self.output_dir / name, "ab", buffering=0) as file:
-                while self._waiting[name]:  # the last write to a disk that gets full may take a part
+            with self._warning(name), open(self.output_dir / name, "ab", buffering=0) as file:
+                while self._waiting[name]:  # the last write before a disk is full may be partial
                     self._waiting[name] = self._waiting[name][file.write(self._waiting[name]) :]
+
+    def _add_metrics(self, metrics: dict[str, Any]) -> None:
+        step = metrics["step"]
+        self._add_scalars(step, {f"train/{key}": value for key, value in metrics.items() if key != "step"})
 
     def _add_scalars(self, step: int, scalars: dict[str, float | None]) -> None:
         if self._events:
-            with self._going_on("events.out.tfevents*"):
+            with self._warning("events.out.tfevents*"):
                 for name, value in scalars.items():
                     if value is not None:
                         self._events.add_scalar(name, value, step)
 
     @contextlib.contextmanager
-    def _going_on(self, name: str) -> Iterator[None]:
-        """Warn of a file that cannot be written, whatever the reason, once, until it can be again."""
+    def _warning(self, name: str) -> Iterator[None]:
+        """Turn any exception into a warning, once per file until it can be written again."""
         try:
             with write_errors(self.output_dir / name):
                 yield
@@ -187,31 +212,40 @@ class RunLog:
                 reason = str(error)
                 if not isinstance(error, BadInput):
                     reason = f"cannot write {self.output_dir / name}: {type(error).__name__}: {error}"
-                tell(f"warning: {' '.join(reason.split())}; the run goes on")
+                print0(f"warning: {' '.join(reason.split())}; the run continues")
             self._refused.add(name)
 
 
-def _parse_main(line: bytes) -> tuple[int, str, float] | None:
-    """(step, trl or tel, loss) of a line of main.log; None where it is not a whole one."""
+class _Line(NamedTuple):
+    """A line of a log."""
+
+    kind: str
+    """trl or tel, as llm.c calls training and validation losses, or metrics"""
+    step: int
+    loss: float = math.nan
+
+
+def _parse_main(line: bytes) -> _Line | None:
+    """A line of main.log; None where it is damaged."""
     match = re.fullmatch(rb"s:([0-9]{1,18}) (trl|tel):(-?[0-9]{1,40}\.[0-9]{6}|-?inf|nan)\n", line)
-    return (int(match[1]), match[2].decode(), float(match[3])) if match else None
+    return _Line(match[2].decode(), int(match[1]) + (match[2] == b"trl"), float(match[3])) if match else None
 
 
-def _parse_metrics(line: bytes) -> tuple[int, None, None] | None:
-    """(step, None, None) of a line of metrics.jsonl; None where it is not a whole one."""
+def _parse_metrics(line: bytes) -> _Line | None:
+    """A line of metrics.jsonl; None where it is damaged."""
     if not line.endswith(b"\n") or len(line) > LONGEST_LINE:
         return None
     try:
-        return require(parse_json(line), {"step": integer()})["step"], None, None
+        return _Line("metrics", require(parse_json(line), {"step": integer()})["step"])
     except ValueError:
         return None
 
 
-def _tensorboard_writer():
+def _tensorboard_writer() -> type:
     """The class that writes TensorBoard events."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except Exception as error:  # also versions of protobuf and NumPy that it does not go with
+    except Exception as error:  # such as incompatible versions of protobuf and NumPy
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise BadInput(
             f"--tensorboard 1 needs tensorboard ({reason}): pip install -e '.[tensorboard]', or leave it out"
@@ -220,10 +254,7 @@ def _tensorboard_writer():
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Most memory held at once so far, in MiB: torch's allocations on CUDA, the process's resident set elsewhere.
-
-    None where the operating system does not tell.
-    """
+    """Peak memory so far in MiB: torch's allocations on CUDA, the process's resident set elsewhere; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:

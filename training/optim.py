@@ -18,8 +18,8 @@ def learning_rate(step: int, config: Config) -> float:
     https://arxiv.org/abs/1608.03983, without restarts).
 
     Args:
-        step: the update that is about to be made, from 0.
-        config: learning_rate, learning_rate_decay_frac, warmup_iters and num_iterations are read.
+        step: updates done before this one.
+        config: of which learning_rate, learning_rate_decay_frac, warmup_iters and num_iterations are read.
 
     Returns:
         The learning rate of that update.
@@ -59,8 +59,8 @@ def build(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
 def adamw_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
     """AdamW's step, exp_avg and exp_avg_sq of each parameter, or this rank's shards of them.
 
-    AdamW makes them at its first update; what is not there yet is made here in the same way, so that it can be saved
-    before, and be loaded into.
+    AdamW creates them at its first update. Missing ones are created here in the same way, so that they can be saved
+    before that, and loaded into.
     """
     adamw = optimizer.adamw if isinstance(optimizer, ShardedAdamW) else optimizer
     for group in adamw.param_groups:
@@ -73,10 +73,10 @@ def adamw_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str
 
 
 def clip_gradients(params: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Scale the gradients to a norm of at most `max_norm` (0: of any), over all parameters and all of their shards.
+    """Scale the gradients to a norm of at most `max_norm` (0: no limit), over all parameters and all of their shards.
 
     Returns:
-        () the norm before. Every rank has to ask for it, and gets the same bits.
+        () the norm before, bitwise identical on every rank. Every rank has to call this.
     """
     params = [p for p in params if p.grad is not None]
     norm = full(torch.nn.utils.get_total_norm([p.grad for p in params]))
@@ -85,9 +85,9 @@ def clip_gradients(params: Iterable[torch.Tensor], max_norm: float) -> torch.Ten
 
 
 def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, accepted: bool) -> None:
-    """Make an update with the unscaled gradients, or skip it, and free them.
+    """Update the weights with the unscaled gradients, or skip that, and free the gradients.
 
-    float16's loss scale falls where gradients were not finite, on this rank or, if they are sharded, on any.
+    float16's loss scale falls if gradients were not finite, on this rank or, if they are sharded, on any.
     """
     if accepted:
         scaler.step(optimizer)

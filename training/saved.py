@@ -1,7 +1,7 @@
 """Reading a checkpoint that may come from anybody: its sums, its state, its tensors.
 
-The sums are no protection against somebody who writes the folder. So only regular files in it are read, every field of
-state.json is checked, and pickles are read without calling anything that they name.
+Sums do not protect against whoever writes the folder. So only regular files in it are read, every field of state.json
+is checked, and pickles are read without calling anything that they name.
 """
 
 import hashlib
@@ -43,11 +43,11 @@ from training.faults import MOST_SKIPPED, WINDOW
 
 STATE, METADATA, SUMS = "state.json", ".metadata", "SHA256SUMS"
 METADATA_LIMIT = 512 << 20
-"""bytes; about 270 for each part of a tensor that a rank wrote"""
+"""bytes; about 270 for each part of a tensor that a rank writes"""
 MOST_EPOCHS = 10**6
 
 _WORD = integer(0, 2**32 - 1)
-_GAUSS = number(-100.0, 100.0)  # the second of a pair of normal numbers, if one is left
+_GAUSS = number(-100.0, 100.0)  # the second of a pair of normal numbers, if it was not used yet
 _FLOAT32 = number(-3.5e38, 3.5e38)
 _SETTING = either(
     one_of(None, True, False), integer(-(2**63)), number(-1e308, 1e308), Check("a string", lambda v: isinstance(v, str))
@@ -76,8 +76,8 @@ _IS_NUMPY_RNG = Check(
     ),
 )
 
-# What state.json has to be; see `require`.
-_FIELDS = {
+# The schema of state.json; see `require`.
+_FIELDS: dict[str, Any] = {
     "step": integer(),
     "tokens?": integer(),  # the first checkpoints have none
     "loader": {
@@ -118,7 +118,7 @@ def step_of(folder: Path) -> int:
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Hold a checkpoint against its sums.
+    """Check a checkpoint against its sums.
 
     Args:
         folder: the checkpoint.
@@ -126,18 +126,17 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         parts: number of parts.
 
     Returns:
-        What is wrong first, with the file's name; None where nothing is.
+        The first error, with the file's name; None for an intact checkpoint.
     """
     try:
         with open_regular(folder / SUMS, limit=JSON_LIMIT) as file:
             lines = file.read().decode().splitlines()
-        sums = {}
-        for line in lines:
-            digest, name = re.fullmatch(r"([0-9a-f]{64})  (\.?\w[\w.-]*)", line).groups()
-            sums[name] = digest
-    except (OSError, ValueError, AttributeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it has lines that are no sums"
-        return str(BadInput(f"{folder / SUMS} cannot be read: {why}"))
+        matches = [re.fullmatch(r"([0-9a-f]{64})  (\.?\w[\w.-]*)", line) for line in lines]
+        sums = {match[2]: match[1] for match in matches if match}
+        if None in matches:
+            raise ValueError("it has lines that are not sums")
+    except (OSError, ValueError) as error:
+        return str(BadInput(f"{folder / SUMS} cannot be read: {why(error)}"))
     for name in (METADATA, STATE):
         if name not in sums:
             return str(BadInput(f"{folder / SUMS} has no sum of {name}"))
@@ -149,7 +148,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
             return str(BadInput(f"{folder / name} cannot be read: {error.strerror}"))
     if part == 0:
         try:
-            read_record(folder)
+            read_state(folder)
             for place in TensorReader(folder).places.values():
                 if place.file not in sums:
                     return str(BadInput(f"{folder / SUMS} has no sum of {place.file}"))
@@ -158,28 +157,28 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors.
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside its tensors, step and tokens included.
 
     Raises:
-        BadInput: it is not what `TrainState.record` gave.
+        BadInput: it is not what `TrainState.state_dict` gave.
     """
     try:
-        record = read_json(folder / STATE, _FIELDS)
-        if record["step"] != step_of(folder):
-            raise ValueError(f"it is of step {record['step']}")
-        if record["scaler"] and record["scaler"].keys() != _ALL_OF_A_SCALER:
+        state = read_json(folder / STATE, _FIELDS)
+        if state["step"] != step_of(folder):
+            raise ValueError(f"it is of step {state['step']}")
+        if state["scaler"] and state["scaler"].keys() != _ALL_OF_A_SCALER:
             raise ValueError("scaler has other fields than it was saved with")
-        require(record["flags"], _FLAGS, "flags")
-        _check_position(record["loader"], record["flags"]["sequence_length"])
+        require(state["flags"], _FLAGS, "flags")
+        _check_position(state["loader"], state["flags"]["sequence_length"])
     except (OSError, ValueError) as error:
-        raise BadInput(f"{folder / STATE} cannot be used: {said(error)}; name another checkpoint") from error
-    record.setdefault("tokens", record["step"] * record["flags"]["total_batch_size"])
-    return record
+        raise BadInput(f"{folder / STATE} cannot be used: {why(error)}; name another checkpoint") from error
+    state.setdefault("tokens", state["step"] * state["flags"]["total_batch_size"])
+    return state
 
 
 def _check_position(loader: dict[str, Any], sequence_length: int) -> None:
-    """Refuse a position that is outside of the shards it speaks of."""
+    """Refuse a position that is in none of the shards."""
     lengths = loader["lengths"]
     if "sequence" in loader:
         in_an_epoch = sum((length - 1) // sequence_length for length in lengths)
@@ -192,7 +191,7 @@ def _check_position(loader: dict[str, Any], sequence_length: int) -> None:
 
 
 class _Place(NamedTuple):
-    """Where a part of a tensor is."""
+    """Where a part of a tensor is stored."""
 
     file: str
     offset: int
@@ -200,7 +199,7 @@ class _Place(NamedTuple):
 
 
 class TensorReader(dcp.StorageReader):
-    """Reads what `dcp.FileSystemWriter` wrote, as `dcp.FileSystemReader` does, which would call what a pickle names.
+    """Reads what `dcp.FileSystemWriter` wrote. `dcp.FileSystemReader` would call what a pickle names.
 
     Raises:
         BadInput: the metadata cannot be used.
@@ -211,7 +210,7 @@ class TensorReader(dcp.StorageReader):
         try:
             self.metadata, self.places = _read_metadata(folder)
         except (OSError, ValueError) as error:
-            raise BadInput(f"{folder / METADATA} cannot be used: {said(error)}; name another checkpoint") from error
+            raise BadInput(f"{folder / METADATA} cannot be used: {why(error)}; name another checkpoint") from error
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -255,25 +254,25 @@ class TensorReader(dcp.StorageReader):
                 raise ValueError("it is no tensor")
             return stored.read()
         except (OSError, ValueError) as error:
-            raise ValueError(f"{place.file} at byte {place.offset:,}: {said(error)}") from error
+            raise ValueError(f"{place.file} at byte {place.offset:,}: {why(error)}") from error
 
 
 def _read_metadata(folder: Path) -> tuple[Metadata, dict[MetadataIndex, _Place]]:
-    """What a checkpoint's tensors are, and where their parts are, each within its file and all parts of each there.
+    """Shapes of a checkpoint's tensors, and where their parts are stored: within the files, and complete.
 
     Raises:
         OSError: a file cannot be opened.
-        ValueError: it is not what torch.distributed.checkpoint writes of tensors.
+        ValueError: it is not what torch.distributed.checkpoint writes for tensors.
     """
 
     class Pickled:
-        """Stands for every class in the pickle, and keeps the state of its objects."""
+        """Replaces every class in the pickle, and keeps the state of its objects."""
 
         def __setstate__(self, state: Any) -> None:
             self.state = state
 
     def first(value: Any = None, *_: Any) -> Any:
-        """Stands for every function: torch.Size of a tuple is the tuple."""
+        """Replaces every function: torch.Size of a tuple is the tuple."""
         return value
 
     classes: dict[str, Any] = dict.fromkeys(_PICKLED, Pickled) | dict.fromkeys(_CALLED, first)
@@ -297,35 +296,25 @@ def _read_metadata(folder: Path) -> tuple[Metadata, dict[MetadataIndex, _Place]]
                 offsets, lengths = _sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])
                 within = all(o + n <= s for o, n, s in zip(offsets, lengths, size, strict=True))
                 if not within or MetadataIndex(_name(name), offsets) not in places:
-                    raise ValueError(f"a part of {name} is nowhere")
+                    raise ValueError(f"a part of {name} is missing")
                 chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(lengths)))
             if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
-                raise ValueError(f"the parts of {name} are not the whole of it")
+                raise ValueError(f"the parts of {name} do not add up to it")
             properties = TensorProperties(dtype=torch.float32)
             tensors[name] = TensorStorageMetadata(properties, torch.Size(size), chunks)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"it is none of a checkpoint: {error!r}") from error
-    return Metadata(tensors), places
+        raise ValueError(f"it is not that of a checkpoint: {error!r}") from error
+    return Metadata(dict(tensors)), places
 
 
-_METADATA_CLASSES = "torch.distributed.checkpoint.metadata"
-# The names in `.metadata`, of torch 2.11 to 2.13 and Python 3.11 to 3.14. None is looked up.
+# The names in `.metadata`, of torch 2.11 to 2.13 and Python 3.11 to 3.14. They are not imported.
+_CLASSES = "Metadata TensorStorageMetadata TensorProperties ChunkStorageMetadata MetadataIndex StorageMeta"
 _PICKLED = (
-    *(
-        f"{_METADATA_CLASSES}.{name}"
-        for name in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "TensorProperties",
-            "ChunkStorageMetadata",
-            "MetadataIndex",
-            "StorageMeta",
-        )
-    ),
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in _CLASSES.split()),
     "torch.distributed.checkpoint.filesystem._StorageInfo",
 )
 _CALLED = (
-    f"{_METADATA_CLASSES}._MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
     "torch.Size",
     "torch.serialization._get_layout",
     *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
@@ -334,32 +323,20 @@ _CALLED = (
 
 def _sizes(value: Any) -> tuple[int, ...]:
     if type(value) is not tuple or not all(type(n) is int and 0 <= n < 2**62 for n in value):
-        raise ValueError(f"{reprlib.repr(value)} are no sizes")
+        raise ValueError(f"{reprlib.repr(value)} are not sizes")
     return value
 
 
 def _name(value: Any) -> str:
     if not isinstance(value, str) or len(value) > 200:
-        raise ValueError(f"{reprlib.repr(value)} is no name")
+        raise ValueError(f"{reprlib.repr(value)} is not a name")
     return value
 
 
-def said(error: OSError | ValueError) -> str:
+def why(error: OSError | ValueError) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def sha256(path: Path) -> str:
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def launch_of(config: Path) -> str | None:
-    """The torchrun that started the run which wrote a config.json.
-
-    Raises:
-        BadInput: it is no config.json of a run.
-    """
-    try:
-        return read_json(config, {"launch?": text(".{0,1000}")}).get("launch")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{config} cannot be used: {said(error)}; name another --output_dir") from error

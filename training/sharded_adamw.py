@@ -1,4 +1,4 @@
-"""ZeRO stage 1: the optimizer's state in shards, all else whole (Rajbhandari et al. 2019,
+"""ZeRO stage 1: the optimizer's state is sharded, all else is replicated (Rajbhandari et al. 2019,
 https://arxiv.org/abs/1910.02054)."""
 
 from collections.abc import Iterable, Iterator
@@ -9,15 +9,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 BUCKET_BYTES = 2**25
-"""of updated weights that travel at once; a tensor that is larger travels alone"""
+"""of updated weights in one message; a larger tensor is sent alone"""
 
 
 class ShardedAdamW(torch.optim.Optimizer):
-    """AdamW of which every rank keeps the moments of its own rows, for gradients that are whole on all ranks.
+    """AdamW with the moments of its own rows on each rank, for gradients that are averaged on all ranks.
 
-    Every tensor is cut along its first dimension as FSDP2 cuts it. A rank updates its rows in place and sends them to
-    the others. torch's ZeroRedundancyOptimizer deals out whole tensors instead, each with a message of its own: the one
-    of eight ranks that gets GPT-2's token embedding then holds a sixth more than the paper says.
+    Every tensor is split along its first dimension as FSDP2 does. A rank updates its rows in place and sends them to
+    the others. torch's ZeroRedundancyOptimizer assigns whole tensors to ranks instead, and sends each by itself: of
+    eight ranks, the one with GPT-2's token embedding then holds a sixth more than the paper says.
 
     Args:
         groups: parameter groups as torch's AdamW takes them; contiguous tensors on one device.
@@ -39,7 +39,7 @@ class ShardedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update the weights on all ranks, each of which takes part."""
+        """Update the weights on all ranks. Every rank has to call this."""
         for group, own in zip(self.param_groups, self.adamw.param_groups, strict=True):
             own["lr"] = group["lr"]
             for p in group["params"]:
@@ -50,7 +50,7 @@ class ShardedAdamW(torch.optim.Optimizer):
             self._exchange(shares)
 
     def _exchange(self, shares: list[list[torch.Tensor]]) -> None:
-        """Send this rank's rows of some tensors, and write those of the others where they belong.
+        """Send this rank's rows of some tensors, and receive those of the others in place.
 
         Args:
             shares: by rank, its rows of each of these tensors, as vectors; no rank has more than the first.
@@ -78,13 +78,13 @@ class ShardedAdamW(torch.optim.Optimizer):
 
 
 def _rows(tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """A rank's rows: as many as every other's, but for the last ranks, which may have fewer, or none."""
+    """A rank's rows: the same number on every rank, except that the last ranks may have fewer, or none."""
     length = -(-len(tensor) // size)
     return tensor[rank * length : (rank + 1) * length]
 
 
 def _buckets(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Neighbours whose rows travel together."""
+    """Consecutive tensors whose rows are sent together."""
     bucket: list[torch.Tensor] = []
     for p in params:
         if bucket and sum(q.nbytes for q in (*bucket, p)) > BUCKET_BYTES:

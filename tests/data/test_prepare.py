@@ -34,7 +34,7 @@ from data import prepare
 from data.loader import ShardLoader
 from data.tokenizer import gpt2_encoding
 from tests.conftest import ROOT
-from training.config import BY_DEVICE, parse
+from training.config import parse
 from training.distributed import World
 
 DOCUMENTS = ["The first one.", "A second\n\nwith a blank line", "", "It spells <|endoftext|> out.", "Grüße 🌍"]
@@ -403,7 +403,8 @@ def test_corpus_of_one_token(tmp_path, capsys):
 
 
 def test_default_batches_are_those_of_train():
-    batches: list[Any] = [(each["batch_size"], each["sequence_length"]) for each in BY_DEVICE.values()]
+    configs = [parse([]).resolved(device, 1) for device in ("cpu", "mps", "cuda")]
+    batches = [(config.batch_size, config.sequence_length) for config in configs]
     assert min(batches, key=math.prod) == (prepare.DEFAULT_BATCH, prepare.DEFAULT_LENGTH)
     assert max(map(math.prod, batches)) == prepare.DEFAULT_TOKENS
 

@@ -1,6 +1,7 @@
 """Runs of the tiny network on gloo ranks."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from bench import ranks
 from model import llmc
 from tests.conftest import Run, command_line
-from training import distributed, optim
+from training import checkpoint, distributed, optim
+from training.log import RunLog
 
 
 @pytest.fixture
@@ -45,6 +47,28 @@ def run_ranks(start_ranks):
         return run
 
     return run
+
+
+def after_each_step(then: Callable[[int], object]) -> None:
+    """Call a function with the number of each step, once it is in the logs. For a process of its own."""
+    train = RunLog.train
+
+    def train_then(self, metrics):
+        train(self, metrics)
+        then(metrics["step"])
+
+    RunLog.train = train_then
+
+
+def before_each_save(then: Callable[[int], object]) -> None:
+    """Call a function with the number of each step whose checkpoint is about to be written, in the background."""
+    write = checkpoint._Writer.write_data
+
+    def then_write(self, plan, planner):
+        then(checkpoint.step_of(self.folder))
+        return write(self, plan, planner)
+
+    checkpoint._Writer.write_data = then_write
 
 
 def keep_gradients(rank: int, folder) -> None:

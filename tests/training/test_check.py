@@ -36,15 +36,21 @@ def broken(op: str, forward: bool) -> Ops:
     return EAGER._replace(**{op: wrong})
 
 
-def report_of(ops: Ops, dtype: torch.dtype = torch.float32) -> tuple[bool, list[str]]:
-    lines: list[str] = []
-    tokens = torch.randint(TINY.vocab_size, (3, 33), generator=torch.Generator().manual_seed(5)).to(DEVICE)
-    return check(GPT(TINY, ops).to(DEVICE), tokens[:, :-1], tokens[:, 1:], dtype, lines.append), lines
+@pytest.fixture
+def report_of(capsys):
+    """Check a backend: whether it is right, and the lines that were printed."""
+
+    def report(ops: Ops, dtype: torch.dtype = torch.float32) -> tuple[bool, list[str]]:
+        tokens = torch.randint(TINY.vocab_size, (3, 33), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+        right = check(GPT(TINY, ops).to(DEVICE), tokens[:, :-1], tokens[:, 1:], dtype)
+        return right, capsys.readouterr().out.splitlines()
+
+    return report
 
 
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
 @pytest.mark.parametrize("op", Ops._fields)
-def test_one_wrong_op_is_named(op, forward):
+def test_one_wrong_op_is_named(report_of, op, forward):
     right, lines = report_of(broken(op, forward))
     assert not right
     assert f"the first: {op} 0 (" in lines[-1]
@@ -54,7 +60,7 @@ def test_one_wrong_op_is_named(op, forward):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("backend", [EAGER, TRITON], ids=["eager", "triton"])
-def test_what_is_right_passes(backend, dtype):
+def test_what_is_right_passes(report_of, backend, dtype):
     right, lines = report_of(backend, dtype)
     assert right, "\n".join(lines)
     text = "\n".join(lines)
@@ -65,7 +71,7 @@ def test_what_is_right_passes(backend, dtype):
         assert f"\n{name.removeprefix('transformer.')} " in text
 
 
-def test_what_fresh_weights_would_hide():
+def test_what_fresh_weights_would_hide(report_of):
     """A LayerNorm that forgets its bias is right while the bias is zero."""
 
     def forgets(x, weight, bias):
@@ -75,7 +81,7 @@ def test_what_fresh_weights_would_hide():
     assert not right and "the first: layer_norm 0 (" in lines[-1]
 
 
-def test_slices_of_the_batch_make_no_difference(monkeypatch):
+def test_slices_of_the_batch_make_no_difference(report_of, monkeypatch):
     whole = report_of(broken("gelu", True))
     monkeypatch.setattr("training.check._SLICE_BYTES", 1)  # a sequence at a time
     right, lines = report_of(broken("gelu", True))
@@ -83,7 +89,7 @@ def test_slices_of_the_batch_make_no_difference(monkeypatch):
     assert report_of(EAGER)[0]
 
 
-def test_a_gradient_that_is_missing_is_named():
+def test_a_gradient_that_is_missing_is_named(report_of):
     def forgets(x, weight, bias):
         return EAGER.layer_norm(x, weight.detach(), bias)
 

@@ -7,7 +7,7 @@ import pytest
 
 from common import BadInput
 from tests.conftest import ROOT
-from training.config import Config, parse
+from training.config import Config, flag, parse
 
 FLAGS = {field.name: field.metadata["group"] for field in dataclasses.fields(Config)}
 SPEC_FLAGS = {  # section 4
@@ -36,11 +36,31 @@ def test_help_lists_every_flag_in_groups_with_a_sentence(capsys):
         assert f"\n{group}:\n" in text
     for field in dataclasses.fields(Config):
         assert field.metadata["help"].endswith("."), field.name
+    text = " ".join(text.split())
+    assert "Tokens in a sequence, T. (default: 128; on a GPU 1024)" in text
+    assert "Number of updates. (default: 200)" in text
+    assert "1 is refused where attention is a Triton kernel" in text
+
+
+def test_no_flag_is_left_unclassed():
+    """A resumed run is compared with the one before by the flags that decide."""
+    with pytest.raises(TypeError, match="decides"):
+        flag(0, "machine", help="A new one.")
+    assert all(type(field.metadata["decides"]) is bool for field in dataclasses.fields(Config))
+    assert set(Config().deciding()) == {
+        *("shuffle", "overfit_single_batch", "sequence_length", "total_batch_size", "num_iterations", "learning_rate"),
+        *("warmup_iters", "learning_rate_decay_frac", "weight_decay", "grad_clip", "skip_loss_z", "skip_norm_z"),
+        "dtype",
+    }
 
 
 @pytest.mark.parametrize(
     ("device", "model", "B", "T", "total", "steps", "lr"),
-    [("cpu", "nano", 8, 128, 1024, 200, 2e-3), ("cuda", "d12", 4, 1024, 16384, 200, 6e-4)],
+    [
+        ("cpu", "nano", 8, 128, 1024, 200, 2e-3),
+        ("mps", "nano", 8, 128, 1024, 200, 2e-3),
+        ("cuda", "d12", 4, 1024, 16384, 200, 6e-4),
+    ],
 )
 def test_defaults_follow_the_device(device, model, B, T, total, steps, lr):
     config = parse([]).resolved(device, world_size=1)
@@ -106,6 +126,16 @@ def test_validation_defaults_to_on_only_where_there_are_shards():
         (f"--num_iterations {'9' * 5000}", "--num_iterations: invalid int value"),
         ("--weight_decay 1e400", "--weight_decay is inf; it must be from 0.0 to 1000000000000.0$"),
         ("--skip_loss_z 1e39", "--skip_loss_z is 1e"),
+        ("--skip_loss_z -1", "--skip_loss_z is -1"),
+        ("--keep 0", "--keep is 0"),
+        ("--timeout_s 0", "--timeout_s is 0"),
+        ("--timeout_s 10000000000", "--timeout_s is 10000000000; it must be from 1 to 1000000000$"),
+        ("--checkpoint_every 2 --output_dir=", "--checkpoint_every has nowhere to write to"),
+        ("--checkpoint_every 2 --inference_only 1", "--checkpoint_every has nothing to save"),
+        ("--resume=", '--resume is ""'),
+        ("--resume auto", "--resume auto needs an --output_dir"),
+        ("--resume auto --output_dir a --inference_only 1", "--resume continues a training run"),
+        ("--resume a --inference_only 1", "--resume continues a training run"),
         ("--model=", "--model is"),
         ("--input_bin=", "--input_bin is"),
     ],

@@ -176,7 +176,7 @@ def test_gradients_are_reduced_in_the_last_micro_step_alone(zero_stage):
     try:
         gpt = GPT(TINY)
         world = distributed.World(0, 0, 2, torch.device("cpu"), distributed=True)
-        model, _ = distributed.spread(gpt, world, zero_stage, "float32", compile=False)
+        model, _ = distributed.parallelize(gpt, world, zero_stage, "float32", compile=False)
         params = dict(gpt.named_parameters())
         reduced = []
 

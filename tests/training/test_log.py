@@ -11,20 +11,20 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from common import BadInput, tell
+from common import BadInput, print0
 from training.log import RunLog, peak_memory_mib, resource
 
 
 def test_main_log_has_llmc_lines_and_metrics_are_json(tmp_path):
     log = RunLog(tmp_path).open()
     log.validation(0, 10.8234567)
-    log.train({"step": 0, "loss": 10.5, "norm": float("inf"), "mfu": None})
-    log.train({"step": 1, "loss": float("nan"), "norm": 1.25, "mfu": None})
+    log.train({"step": 1, "loss": 10.5, "norm": float("inf"), "mfu": None})
+    log.train({"step": 2, "loss": float("nan"), "norm": 1.25, "mfu": None})
     assert (tmp_path / "main.log").read_text() == "s:0 tel:10.823457\ns:0 trl:10.500000\ns:1 trl:nan\n"
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [
-        {"step": 0, "loss": 10.5, "norm": None, "mfu": None},
-        {"step": 1, "loss": None, "norm": 1.25, "mfu": None},
+        {"step": 1, "loss": 10.5, "norm": None, "mfu": None},
+        {"step": 2, "loss": None, "norm": 1.25, "mfu": None},
     ]
 
 
@@ -33,7 +33,7 @@ def test_picture_shows_both_curves_and_is_redrawn(tmp_path):
     log.validation(0, 10.0)
     first = imread(tmp_path / "loss.png")
     for step in range(20):
-        log.train({"step": step, "loss": 9.0 - step / 8})
+        log.train({"step": step + 1, "loss": 9.0 - step / 8})
     log.validation(20, 5.0)
     second = imread(tmp_path / "loss.png")
     assert first.shape == second.shape == (540, 960, 4)
@@ -64,31 +64,31 @@ def test_whatever_fails_in_a_picture_or_in_events_is_one_warning(tmp_path, monke
     monkeypatch.setattr("training.log._tensorboard_writer", lambda: Broken)
     log = RunLog(tmp_path).open(tensorboard=True)
     log._events = SimpleNamespace(add_scalar=Broken, close=Broken)  # as of one that fails later
-    for step in range(3):
+    for step in (1, 2, 3):
         log.train({"step": step, "loss": 1.0})
         log.validation(step, 1.0)
     log.close()
     names = ("events.out.tfevents*", "loss.png")
     told = [f"warning: cannot write {tmp_path / name}: OverflowError: too many points" for name in names]
-    assert capfd.readouterr() == ("".join(f"{line}; the run goes on\n" for line in told), "")
+    assert capfd.readouterr() == ("".join(f"{line}; the run continues\n" for line in told), "")
     assert len((tmp_path / "main.log").read_text().splitlines()) == 6
     assert {path.name for path in tmp_path.iterdir()} == {"main.log", "metrics.jsonl"}
 
 
 def test_control_characters_are_printed_as_escapes(capsys):
-    tell("a\x1b[2Jb\udcff\rc é\td\n")
+    print0("a\x1b[2Jb\udcff\rc é\td\n")
     assert capsys.readouterr().out == "a\\x1b[2Jb\\udcff\\rc é\td\n\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_full_disk_is_told_of_and_lines_wait(tmp_path, capsys):
     log = RunLog(tmp_path).open()
-    log.train({"step": 0, "loss": 1.0})
+    log.train({"step": 1, "loss": 1.0})
     main, kept = tmp_path / "main.log", tmp_path / "kept"
     for times, written in ((1, 1), (2, 4)):  # full, and full again later
         main.rename(kept)
         main.symlink_to("/dev/full")
-        for step in (2 * times - 1, 2 * times):
+        for step in (2 * times, 2 * times + 1):
             log.train({"step": step, "loss": 1.0})
         kept.rename(main)
         assert len(main.read_text().splitlines()) == written
@@ -97,14 +97,14 @@ def test_full_disk_is_told_of_and_lines_wait(tmp_path, capsys):
     assert main.read_text().splitlines() == [f"s:{line}:1.000000" for line in order]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     told = f"warning: cannot write {main}: No space left on device; free some space or choose another place"
-    assert capsys.readouterr().out.splitlines() == [f"{told}; the run goes on"] * 2
+    assert capsys.readouterr().out.splitlines() == [f"{told}; the run continues"] * 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_screen_on_a_full_disk(monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        tell("a line")
+        print0("a line")
         monkeypatch.undo()
         with pytest.raises(OSError, match="No space"):
             full.flush()
@@ -114,7 +114,7 @@ def test_screen_on_a_full_disk(monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="inodes")
 def test_sync_is_of_both_logs(tmp_path, monkeypatch):
     log = RunLog(tmp_path).open()
-    log.train({"step": 0, "loss": 1.0})
+    log.train({"step": 1, "loss": 1.0})
     synced = {}
     monkeypatch.setattr(os, "fsync", lambda file: synced.update({os.fstat(file).st_ino: os.fstat(file).st_size}))
     log.sync()
@@ -124,7 +124,7 @@ def test_sync_is_of_both_logs(tmp_path, monkeypatch):
 
 def test_folder_that_is_gone_is_no_reason_to_stop(tmp_path, capsys):
     log = RunLog(tmp_path / "run").open()
-    log.train({"step": 0, "loss": 1.0})
+    log.train({"step": 1, "loss": 1.0})
     log.validation(1, 1.0)
     (tmp_path / "run").mkdir()
     log.close()
@@ -142,29 +142,13 @@ def test_line_that_was_written_in_part_is_finished_later(tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (25, limits[1]))
-        for step in range(3):
+        for step in (1, 2, 3):
             log.train({"step": step, "loss": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "main.log").read_text() == "s:0 trl:1.000000\ns:1 trl:"
     log.close()
     assert (tmp_path / "main.log").read_text() == "".join(f"s:{step} trl:1.000000\n" for step in range(3))
-
-
-@pytest.mark.parametrize(
-    "junk", [b"\0" * 40 + b"\n", b"\xff\xfe\n", b'{"step": 1, "los{"step": 1, "loss": 1.0}\n', b"{}\n"]
-)
-def test_what_a_crash_left_of_a_line_is_cut(tmp_path, junk):
-    log = RunLog(tmp_path).open()
-    log.train({"step": 0, "loss": 1.0})
-    log.train({"step": 1, "loss": 1.0})
-    for name in ("main.log", "metrics.jsonl"):
-        first, second = (tmp_path / name).read_bytes().splitlines(keepends=True)
-        (tmp_path / name).write_bytes(first + junk + second)
-    RunLog(tmp_path).open(first_step=2)
-    assert (tmp_path / "main.log").read_text() == "s:0 trl:1.000000\ns:1 trl:1.000000\n"
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 1]
 
 
 NUL = b"\0" * 40
@@ -182,48 +166,88 @@ NUL = b"\0" * 40
                 b"s:1 trl:x",
                 b"s:1 trl:1e5",
                 b"s:x trl:1.000000",
+                b"\xff\xfe",
                 b"s:\xd9\xa3 trl:1.000000",
                 NUL + b"s:1",
             ],
         ),
         (
             "metrics.jsonl",
-            [b'{"step": 0, "loss": 1.0}', b'{"step": 1, "loss": null}'],
+            [b'{"step": 1, "loss": 1.0}', b'{"step": 2, "loss": null}'],
             [
                 b'{"step": %s}' % step
                 for step in (b"null", b'"1"', b"-1", b"true", b"1.0", b"NaN", b"1e999", b"9" * 5000)
             ]
-            + [NUL, b"[]", b"1", b'{"loss": 1.0}', b'{"step": 1', b"[" * 100_000],
+            + [NUL, b"[]", b"1", b"{}", b'{"step": 1', b'{"step": 1, "los{"step": 1, "loss": 1.0}', b"[" * 100_000],
         ),
     ],
 )
 def test_spoilt_lines_are_left_out_and_counted(tmp_path, capsys, name, good, spoilt):
     lines = [line for pair in zip(good, spoilt, strict=False) for line in pair] + spoilt[len(good) :]
     (tmp_path / name).write_bytes(b"\n".join([*lines, b"s:1 trl:1.00000"]))  # and half a line at the end
-    RunLog(tmp_path).open(first_step=9)
+    RunLog(tmp_path).open(steps_done=9)
     told = f"warning: {tmp_path / name}: lines that cannot be read are left out: {len(spoilt) + 1}\n"
     assert capsys.readouterr().out == told
     assert (tmp_path / name).read_bytes().splitlines() == good
-    RunLog(tmp_path).open(first_step=1).draw()
+    RunLog(tmp_path).open(steps_done=1).draw()
     assert capsys.readouterr().out == ""
 
 
-def test_events_of_a_run_that_begins_anew_replace_the_old_ones(tmp_path):
+def train_steps(log: RunLog, steps: range, **more: float | None) -> None:
+    """A validation before the first of these updates and after each."""
+    for step in steps:
+        log.validation(step - 1, 1.0 + step) if step == steps.start else None
+        log.train({"step": step, "loss": 1.0 + step} | more)
+        log.validation(step, 2.0 + step)
+
+
+def test_resumed_run_has_every_step_once(tmp_path):
+    """Updates up to the checkpoint stay; the validation after it, which comes before the next update, is repeated."""
+    whole = RunLog(tmp_path / "whole")
+    for folder in ("whole", "cut"):
+        (tmp_path / folder).mkdir()
+    train_steps(whole.open(), range(1, 8), tokens=5)
+    train_steps(RunLog(tmp_path / "cut").open(), range(1, 6), tokens=5)
+    cut = RunLog(tmp_path / "cut").open(steps_done=3)
+    train_steps(cut, range(4, 8), tokens=5)
+    for name in ("main.log", "metrics.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (cut.train_losses, [step for step, _ in cut.val_losses]) == (whole.train_losses, list(range(8)))
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_metrics_that_count_from_0_are_not_mixed_with_others(tmp_path, first):
+    """As they were written once, from the first step or from a resumed one."""
+    (tmp_path / "main.log").write_text("".join(f"s:{step} trl:1.000000\n" for step in range(first, first + 3)))
+    old = "".join(f'{{"step": {step}}}\n' for step in range(first, first + 3))
+    (tmp_path / "metrics.jsonl").write_text(old)
+    with pytest.raises(BadInput, match=r"metrics.jsonl counts steps from 0.*; move it away"):
+        RunLog(tmp_path).open(steps_done=first + 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == old
+    RunLog(tmp_path).open()
+    assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "main.log").read_text() == ""
+
+
+def test_events_have_every_step_once_after_a_resume_and_a_start_from_scratch(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for _ in range(2):
-        log = RunLog(tmp_path).open(tensorboard=True)
-        log.train({"step": 0, "loss": 1.0})
+    for steps_done in (0, 3, 0):
+        log = RunLog(tmp_path).open(steps_done, tensorboard=True)
+        train_steps(log, range(steps_done + 1, steps_done + 5), norm=0.5, mfu=None)
         log.close()
         time.sleep(1.1)  # events are ordered by files that are named by the second
-    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")] == [0]
+        events = EventAccumulator(str(tmp_path)).Reload()
+        assert set(events.Tags()["scalars"]) == {"train/loss", "train/norm", "validation/loss"}
+        for name in ("train/loss", "train/norm"):
+            assert [event.step for event in events.Scalars(name)] == list(range(1, steps_done + 5))
+        assert [event.step for event in events.Scalars("validation/loss")] == list(range(steps_done + 5))
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log = RunLog(None).open()
-    log.train({"step": 0, "loss": 1.0})
+    log.train({"step": 1, "loss": 1.0})
     log.validation(0, 1.0)
     log.close()
     assert list(tmp_path.iterdir()) == []
@@ -233,18 +257,6 @@ def test_tensorboard_missing_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(BadInput, match=r"--tensorboard 1 .*pip install"):
         RunLog(tmp_path).open(tensorboard=True)
-
-
-def test_tensorboard_gets_every_metric(tmp_path):
-    pytest.importorskip("tensorboard")
-    log = RunLog(tmp_path).open(tensorboard=True)
-    log.train({"step": 0, "loss": 1.0, "norm": 2.0, "mfu": None})
-    log.validation(0, 3.0)
-    log.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "train/norm", "validation/loss"}
 
 
 def test_peak_memory_counts_what_was_held():

@@ -14,6 +14,7 @@ from tests.training.conftest import same_weights
 from training import optim, sharded_adamw
 from training.config import Config
 from training.sharded_adamw import ShardedAdamW
+from training.step import autocast_to, training_step
 
 
 def small_buckets(rank: int) -> None:
@@ -48,9 +49,7 @@ def test_options_and_rates_reach_adamw(one_rank, fused):
         for network, optimizer in ((ours, sharded), (theirs, plain)):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2 / (step + 1)
-            network(tokens, tokens, return_logits=False)[1].backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            training_step(network, optimizer, [(tokens, tokens)], autocast_to(torch.float32, tokens.device))
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
     state = optim.adamw_state(sharded)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
