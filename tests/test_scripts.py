@@ -160,7 +160,7 @@ TORCHRUN = {"NODES": "1", "RENDEZVOUS": "localhost:0", "RUN": "tiny", "RANKS_PER
 def test_torchrun_script_passes_signals_on_and_goes_on(environment, tiny, tmp_path):
     """One start ends by SIGUSR1, the next one resumes and ends by SIGTERM."""
     flags = tiny | {"--num_iterations": "1000", "--zero_stage": "3", "--output_dir": str(tmp_path / "run")}
-    command, log = [ROOT / "scripts" / "torchrun.sh", *command_line(flags)], tmp_path / "run" / "main.log"
+    command, log = [str(ROOT / "scripts" / "torchrun.sh"), *command_line(flags)], tmp_path / "run" / "main.log"
     screens = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
         steps = log.read_text().count("trl") if log.exists() else 0
