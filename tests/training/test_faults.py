@@ -243,8 +243,8 @@ def die_or_hang(rank: int, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "zero_stage", "told"),
     [
-        ("dies", 0, r"rank 1 is gone, last heard of at step [123] \("),
-        ("dies", 3, r"rank 1 is gone, last heard of at step [123] \("),
+        ("dies", 0, r"rank 1 is gone, last heard of at step [0123] \("),
+        ("dies", 3, r"rank 1 is gone, last heard of at step [0123] \("),
         ("hangs", 1, r"rank 1 has not arrived, it is at step 3 \(reading data\)"),
     ],
 )
