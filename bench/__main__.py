@@ -11,7 +11,7 @@ from bench.results import RESULTS, compare, folder, read, write
 from common import BadInput, exit_on_bad_input
 
 COMMANDS = {
-    "kernels": "time the ops against their peers (a GPU): [OP ...]",
+    "kernels": "time the ops against their baselines (a GPU): [OP ...]",
     "step": "time a training step, and where its time goes (a GPU)",
     "all": "kernels and step, for so many minutes; the next call goes on (a GPU)",
     "resources": "registers, spills, shared memory, occupancy, access widths, matrix instructions; compiled",
@@ -194,7 +194,7 @@ def _show(rows: Iterable) -> None:
         percent = f"{row.percent:.0f}%" if row.percent is not None else ""
         return *row.key, row.p50, rate and rate * row.bytes, rate and rate * row.flops / 1e3, percent, row.note
 
-    header = ["op", "direction", "peer", "shape", "dtype", "ms", "GB/s", "TFLOP/s", "of the ceiling", "note"]
+    header = ["op", "pass", "variant", "shape", "dtype", "ms", "GB/s", "TFLOP/s", "of the ceiling", "note"]
     print(table(header, map(line, rows)), flush=True)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from bench import peers
+from bench import baselines
 from bench.capture import Launch
 from bench.harness import Benchmark, Shape, normal
 from kernels import attention, eager
@@ -44,16 +44,16 @@ BENCHMARKS = (
             for D in (64, 128)
         ),
         inputs=_inputs,
-        oracle=eager.attention,
+        reference=eager.attention,
         kernel=attention.attention,
-        peers=lambda: {
+        baselines=lambda: {
             "eager": eager.attention,
-            **peers.compiled(eager.sdpa_attention),
-            **peers.sdpa(),
-            **peers.installed(
+            **baselines.compiled(eager.sdpa_attention),
+            **baselines.sdpa(),
+            **baselines.installed(
                 {
-                    "flash-attn": peers.flash_attention,
-                    "flash-attn deterministic": lambda: peers.flash_attention(deterministic=True),
+                    "flash-attn": baselines.flash_attention,
+                    "flash-attn deterministic": lambda: baselines.flash_attention(deterministic=True),
                 }
             ),
         },

@@ -2,7 +2,7 @@
 
 import torch
 
-from bench import peers
+from bench import baselines
 from bench.harness import Benchmark, Shape, normal
 from kernels import cross_entropy, eager
 from model.gpt import PRESETS
@@ -51,12 +51,12 @@ BENCHMARKS = (
             for n_rows in (32768, 8192, 2048)
         ),
         inputs=_inputs,
-        oracle=eager.cross_entropy,
+        reference=eager.cross_entropy,
         kernel=cross_entropy.cross_entropy,
-        peers=lambda: {
+        baselines=lambda: {
             "eager": eager.cross_entropy,
-            **peers.compiled(eager.cross_entropy),
-            **peers.installed({"liger": peers.liger_cross_entropy, "quack": peers.quack_cross_entropy}),
+            **baselines.compiled(eager.cross_entropy),
+            **baselines.installed({"liger": baselines.liger_cross_entropy, "quack": baselines.quack_cross_entropy}),
         },
         costs=_costs,
     ),
@@ -72,23 +72,23 @@ BENCHMARKS = (
             for C in (PRESETS[name].n_embd for name in ("d12", "d24", "d36", "d48"))
         ),
         inputs=_inputs_of_head,
-        oracle=eager.linear_cross_entropy,
+        reference=eager.linear_cross_entropy,
         kernel=cross_entropy.linear_cross_entropy,
-        peers=lambda: {
+        baselines=lambda: {
             "eager": eager.linear_cross_entropy,
-            **peers.compiled(eager.linear_cross_entropy),
-            **peers.installed(
+            **baselines.compiled(eager.linear_cross_entropy),
+            **baselines.installed(
                 {
-                    "liger": peers.liger_linear_cross_entropy,
-                    "quack": peers.quack_linear_cross_entropy,
-                    "cce": peers.cce_linear_cross_entropy,
+                    "liger": baselines.liger_linear_cross_entropy,
+                    "quack": baselines.quack_linear_cross_entropy,
+                    "cce": baselines.cce_linear_cross_entropy,
                 }
             ),
         },
         costs=_costs_of_head,
         n_summed=lambda n_rows, n_cols, width: {"dweight": n_rows},
         ceiling="three matmuls",
-        bare=peers.three_matmuls,
+        bare=baselines.three_matmuls,
         dtypes=(torch.bfloat16, torch.float16),
     ),
 )

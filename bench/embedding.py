@@ -2,7 +2,7 @@
 
 import torch
 
-from bench import peers
+from bench import baselines
 from bench.harness import Benchmark, Shape, normal
 from kernels import eager, embedding
 from model.gpt import PRESETS
@@ -28,9 +28,9 @@ BENCHMARKS = (
             for C in (PRESETS[name].n_embd for name in ("d12", "d24", "d36", "d48"))
         ),
         inputs=_inputs,
-        oracle=eager.embedding,
+        reference=eager.embedding,
         kernel=embedding.embedding,
-        peers=lambda: {"eager": eager.embedding, **peers.compiled(eager.embedding)},
+        baselines=lambda: {"eager": eager.embedding, **baselines.compiled(eager.embedding)},
         costs=lambda B, T, C, itemsize: (
             embedding.forward_cost(B, T, C, itemsize),
             embedding.backward_cost(B, T, C, VOCABULARY, T, itemsize),

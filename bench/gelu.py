@@ -2,7 +2,7 @@
 
 import torch
 
-from bench import peers
+from bench import baselines
 from bench.harness import Benchmark, Shape, normal
 from kernels import eager, gelu
 from model.gpt import PRESETS
@@ -26,12 +26,12 @@ BENCHMARKS = (
             for C in (PRESETS[name].n_embd for name in ("d12", "d24", "d36", "d48"))
         ),
         inputs=_inputs,
-        oracle=eager.gelu,
+        reference=eager.gelu,
         kernel=gelu.gelu,
-        peers=lambda: {
+        baselines=lambda: {
             "eager": eager.gelu,
-            "eager F.gelu": peers.torch_gelu,
-            **peers.compiled(eager.gelu),
+            "eager F.gelu": baselines.torch_gelu,
+            **baselines.compiled(eager.gelu),
         },
         costs=_costs,
     ),

@@ -2,7 +2,7 @@
 
 import torch
 
-from bench import peers
+from bench import baselines
 from bench.harness import Benchmark, Shape, normal
 from kernels import eager, layer_norm
 from model.gpt import PRESETS
@@ -44,12 +44,12 @@ BENCHMARKS = (
         op="layer_norm",
         shapes=SHAPES,
         inputs=_inputs,
-        oracle=eager.layer_norm,
+        reference=eager.layer_norm,
         kernel=layer_norm.layer_norm,
-        peers=lambda: {
+        baselines=lambda: {
             "eager": eager.layer_norm,
-            **peers.compiled(eager.layer_norm),
-            **peers.installed({"liger": peers.liger_layer_norm, "quack": peers.quack_layer_norm}),
+            **baselines.compiled(eager.layer_norm),
+            **baselines.installed({"liger": baselines.liger_layer_norm, "quack": baselines.quack_layer_norm}),
         },
         costs=_costs,
         n_summed=_n_summed,
@@ -58,11 +58,11 @@ BENCHMARKS = (
         op="add_layer_norm",
         shapes=SHAPES,
         inputs=_inputs_of_addition,
-        oracle=eager.add_layer_norm,
+        reference=eager.add_layer_norm,
         kernel=layer_norm.add_layer_norm,
-        peers=lambda: {
+        baselines=lambda: {
             "eager": eager.add_layer_norm,
-            **peers.compiled(eager.add_layer_norm),
+            **baselines.compiled(eager.add_layer_norm),
         },
         costs=lambda itemsize, **sizes: _costs(**sizes, itemsize=itemsize, branch_itemsize=itemsize),
         n_summed=_n_summed,

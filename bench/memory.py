@@ -146,7 +146,7 @@ def memory(preset: str = "d12") -> list[Memory]:
     return found
 
 
-def complaints(found: list[Memory]) -> list[str]:
+def violations(found: list[Memory]) -> list[str]:
     """Where the triton backend keeps more than it may: a line each."""
     lines = []
     for m in found:
@@ -207,7 +207,7 @@ def main(save: bool = False) -> int:
         "d12 at T = 1024: kept for backward a token and layer; the head at 65,536 rows; most alive in a step at 64×1024"
     )
     print(table(header, rows))
-    lines = complaints(found)
+    lines = violations(found)
     print("\n".join(lines or ["the triton backend keeps no more than it may"]))
     if save:
         picture(found, PREDICTED / "memory.png")

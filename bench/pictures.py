@@ -73,7 +73,7 @@ def stacked_bars(ax: plt.Axes, names: Sequence[str], parts: dict[str, Sequence[f
 
 
 def op_picture(rows: Iterable[Row], path: Path, size_of) -> None:
-    """Time and percentage of the ceiling over size, one line a peer and one row of axes a direction.
+    """Time and percentage of the ceiling over size, one line a variant and one row of axes a pass.
 
     Args:
         rows: of one op, dtype and GPU.
@@ -81,26 +81,24 @@ def op_picture(rows: Iterable[Row], path: Path, size_of) -> None:
         size_of: a row's place on the axis, from its shape.
     """
     rows = [row for row in rows if row.p50 is not None]
-    directions = [d for d in ("forward", "backward", "both") if any(row.direction == d for row in rows)]
-    peers = sorted({row.peer for row in rows}, key=lambda peer: (peer != OURS, peer))
-    canvas, grid = plt.subplots(
-        len(directions), 2, figsize=(10, 2.6 * len(directions)), layout="constrained", squeeze=False
-    )
-    for axes, direction in zip(grid, directions, strict=True):
-        for i, peer in enumerate(peers):
-            mine = [row for row in rows if (row.peer, row.direction) == (peer, direction)]
+    passes = [d for d in ("forward", "backward", "both") if any(row.pass_name == d for row in rows)]
+    variants = sorted({row.variant for row in rows}, key=lambda variant: (variant != OURS, variant))
+    canvas, grid = plt.subplots(len(passes), 2, figsize=(10, 2.6 * len(passes)), layout="constrained", squeeze=False)
+    for axes, pass_name in zip(grid, passes, strict=True):
+        for i, variant in enumerate(variants):
+            mine = [row for row in rows if (row.variant, row.pass_name) == (variant, pass_name)]
             if not mine:
                 continue
             line = sorted((size_of(row), row.p20, row.p50, row.p80, row.percent) for row in mine)
             size, p20, p50, p80, percent = zip(*line, strict=True)
             style = {"color": COLOURS[i % len(COLOURS)], "marker": "o", "markersize": 3}
-            style["linewidth"] = 2.2 if peer == OURS else 1.1
-            axes[0].plot(size, p50, label=peer, **style)
+            style["linewidth"] = 2.2 if variant == OURS else 1.1
+            axes[0].plot(size, p50, label=variant, **style)
             axes[0].fill_between(size, p20, p80, color=style["color"], alpha=0.15, linewidth=0)
             if None not in percent:
-                axes[1].plot(size, percent, label=peer, **style)
+                axes[1].plot(size, percent, label=variant, **style)
         axes[0].set_yscale("log")
-        axes[0].set_ylabel(f"{direction}\nms")
+        axes[0].set_ylabel(f"{pass_name}\nms")
         axes[1].set_ylabel("% of the ceiling")
         for ax in axes:
             ax.spines[["top", "right"]].set_visible(False)
@@ -115,9 +113,9 @@ def op_picture(rows: Iterable[Row], path: Path, size_of) -> None:
 def step_picture(rows: Iterable[Row], path: Path) -> None:
     """Where the time of a step goes, one stacked bar a variant; rows are those of the op "step part" of one shape."""
     rows = list(rows)
-    variants = list(dict.fromkeys(row.peer for row in rows))
-    parts = list(dict.fromkeys(row.direction for row in rows))
-    of = {(row.peer, row.direction): row.p50 or 0.0 for row in rows}
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    parts = list(dict.fromkeys(row.pass_name for row in rows))
+    of = {(row.variant, row.pass_name): row.p50 or 0.0 for row in rows}
     canvas, (ax,) = figure(10, 1.2 + 0.45 * len(variants))
     stacked_bars(ax, variants, {part: [of.get((v, part), 0.0) for v in variants] for part in parts}, "{:,.1f} ms")
     top_first(ax)

@@ -28,19 +28,19 @@ def lines_of(predicted: Iterable[Row], rows: Iterable[Row]) -> list[tuple]:
     rows = [row for row in rows if row.p50 is not None]
     lines = []
     for bound in predicted:
-        if bound.gpu != CHIP or bound.op == "step part" or (bound.op == "step" and bound.peer != OURS):
+        if bound.gpu != CHIP or bound.op == "step part" or (bound.op == "step" and bound.variant != OURS):
             continue
-        cells = (bound.op, bound.direction, bound.shape, bound.dtype, f"{bound.p50:.3g}")
+        cells = (bound.op, bound.pass_name, bound.shape, bound.dtype, f"{bound.p50:.3g}")
         same = [
             r
             for r in rows
-            if (r.op, r.direction, r.shape, r.dtype) == (bound.op, bound.direction, bound.shape, bound.dtype)
+            if (r.op, r.pass_name, r.shape, r.dtype) == (bound.op, bound.pass_name, bound.shape, bound.dtype)
         ]
-        ours = [row for row in same if row.peer == OURS]
+        ours = [row for row in same if row.variant == OURS]
         if not ours:
             lines.append((*cells, NOT_MEASURED, "", ""))
         for row in ours:
-            others = [r for r in same if r.gpu == row.gpu and r.peer not in (OURS, *CEILINGS)]
+            others = [r for r in same if r.gpu == row.gpu and r.variant not in (OURS, *CEILINGS)]
             best = min(others, key=lambda r: r.p50, default=None)
             mark = " (older than the kernel)" if is_stale(row) else ""
             lines.append(
@@ -48,7 +48,7 @@ def lines_of(predicted: Iterable[Row], rows: Iterable[Row]) -> list[tuple]:
                     *cells,
                     f"{row.p50:.3g} on {row.gpu}{mark}",
                     f"{row.percent:.0f}%" if row.percent is not None else "",
-                    f"{best.peer}, {best.p50:.3g} ms" if best else "",
+                    f"{best.variant}, {best.p50:.3g} ms" if best else "",
                 )
             )
     return lines

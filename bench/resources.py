@@ -82,7 +82,7 @@ def inspect(specialised: machine_code.Specialised, kernel: str, preset: str) -> 
     return Resources(kernel, preset, chip.capability, of_chip, **code._asdict())
 
 
-def complaints(found: Iterable[Resources]) -> list[str]:
+def violations(found: Iterable[Resources]) -> list[str]:
     """What is below what is asked for: a line each."""
     lines = []
     for r in found:
@@ -135,7 +135,7 @@ def main(save: bool = False) -> int:
         for r in found
     ]
     print(table(header, rows))
-    lines = complaints(found)
+    lines = violations(found)
     print("\n".join(lines or ["no spills; shared memory within limits; the chip's best matrix instructions"]))
     if save:
         picture(found, PREDICTED / "resources.png")

@@ -20,12 +20,12 @@ PREDICTED = RESULTS / "predicted"
 
 @dataclass(frozen=True)
 class Row:
-    """One peer at one shape. Times in milliseconds."""
+    """One variant at one shape. Times in milliseconds."""
 
     op: str
-    direction: str
+    pass_name: str
     """forward, backward, or both; step"""
-    peer: str
+    variant: str
     shape: str
     dtype: str
     p20: float | None = None
@@ -52,7 +52,7 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """What a second measurement of the same thing has too."""
-        return self.op, self.direction, self.peer, self.shape, self.dtype
+        return self.op, self.pass_name, self.variant, self.shape, self.dtype
 
 
 def folder(gpu: str, results: Path = RESULTS) -> Path:
@@ -120,7 +120,7 @@ def compare(before: Path, after: Path) -> int:
         for a, b in sorted(pairs, key=lambda pair: pair[0].p50 / pair[1].p50)
     ]
     if rows:
-        print(table(["op", "direction", "peer", "shape", "dtype", "ms before", "ms after", "change"], rows))
+        print(table(["op", "pass", "variant", "shape", "dtype", "ms before", "ms after", "change"], rows))
     slower = sum(b.p50 > a.p50 for a, b in pairs)
     print(f"{len(both)} rows in both; {slower} slower and {len(pairs) - slower} faster beyond their spread")
     return 1 if slower else 0
@@ -128,7 +128,7 @@ def compare(before: Path, after: Path) -> int:
 
 def is_stale(row: Row, root: Path = ROOT) -> bool:
     """True where a kernel of ours was changed after the row was measured."""
-    if row.peer.partition(" ")[0] != OURS:
+    if row.variant.partition(" ")[0] != OURS:
         return False
     return row.commit.endswith("+") or not _is_ancestor(_last_commit(row.op, root), row.commit, root)
 

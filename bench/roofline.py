@@ -90,7 +90,7 @@ class Op(NamedTuple):
     """One op, predicted on every chip."""
 
     op: str
-    direction: str
+    pass_name: str
     shape: str
     bytes: int
     flops: int
@@ -113,14 +113,14 @@ def predict_op(benchmark: Benchmark, shape: Shape, dtype: torch.dtype = torch.bf
         n_backward = sum(event.launches for event in tracing.events) - n_forward
     ops = []
     costs = benchmark.costs(itemsize=dtype.itemsize, **shape.sizes)
-    for direction, cost, n_launches in zip(("forward", "backward"), costs, (n_forward, n_backward), strict=True):
+    for pass_name, cost, n_launches in zip(("forward", "backward"), costs, (n_forward, n_backward), strict=True):
         multiplies = benchmark.ceiling != "copy"
         times = {}
         for name in ROOFLINE_CHIPS:
             peak = CHIPS[name].peak(str(dtype).partition(".")[2] if multiplies else "float32")
             bound = max(cost.bytes / CHIPS[name].bandwidth, cost.flops / peak) + n_launches * LAUNCH_SECONDS
             times[name] = 1e3 * bound
-        ops.append(Op(benchmark.op, direction, shape.name, cost.bytes, cost.flops, n_launches, times))
+        ops.append(Op(benchmark.op, pass_name, shape.name, cost.bytes, cost.flops, n_launches, times))
     return ops
 
 
@@ -136,7 +136,7 @@ def candidates(steps: Iterable[Step], traced: capture.Trace, chip: str = "H100")
         (name, milliseconds in PyTorch without it, milliseconds now, milliseconds that are left to gain at most).
     """
     of = {s.backend: s for s in steps if (s.preset, s.chip) == ("d12", chip)}
-    eager, best, ours = (of[name] for name in ("eager", "torch's best", "triton"))
+    eager, best, ours = (of[name] for name in ("eager", "sdpa + F.gelu", "triton"))
 
     def ms(*patterns: str) -> float:
         """Of our step: events whose names have any of these in them."""
@@ -195,37 +195,37 @@ def predict() -> Prediction:
 
 
 BOUND = "roofline"
-"""the peer that stands for the bound, in rows"""
+"""the variant that stands for the bound, in rows"""
 
 
 def rows_of(ops: Iterable[Op], steps: Iterable[Step], dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     """Predictions as rows; gpu is the chip's name, and the times are bounds."""
     dtype_name = str(dtype).partition(".")[2]
     rows = [
-        Row(op.op, op.direction, BOUND, op.shape, dtype_name, p50=ms, bytes=op.bytes, flops=op.flops, gpu=chip)
+        Row(op.op, op.pass_name, BOUND, op.shape, dtype_name, p50=ms, bytes=op.bytes, flops=op.flops, gpu=chip)
         for op in ops
         for chip, ms in op.milliseconds.items()
     ]
     for s in steps:
         of_step = Row("step", "both", s.backend, f"{s.preset} 64×1024", dtype_name, bytes=s.bytes, gpu=s.chip)
         rows.append(of_step.with_(p50=1e3 * s.seconds))
-        rows += [of_step.with_(op="step part", direction=k, p50=1e3 * v, bytes=0) for k, v in s.parts.items()]
+        rows += [of_step.with_(op="step part", pass_name=k, p50=1e3 * v, bytes=0) for k, v in s.parts.items()]
     return [row.with_(note="predicted") for row in rows]
 
 
 def measured_beside(ops: Iterable[Op], results: Path = RESULTS) -> list[tuple]:
-    """(op, direction, shape, GPU, predicted ms, measured ms, times the bound) of what a known chip has measured."""
+    """(op, pass_name, shape, GPU, predicted ms, measured ms, times the bound) of what a known chip has measured."""
     beside = []
     chips = {CHIPS[name].gpu: name for name in ROOFLINE_CHIPS}
     timed = {
-        (r.op, r.direction, r.shape, r.gpu): r for r in measured(results) if r.peer == OURS and r.dtype == "bfloat16"
+        (r.op, r.pass_name, r.shape, r.gpu): r for r in measured(results) if r.variant == OURS and r.dtype == "bfloat16"
     }
     for op in ops:
         for gpu, chip in chips.items():
-            row = timed.get((op.op, op.direction, op.shape, gpu))
+            row = timed.get((op.op, op.pass_name, op.shape, gpu))
             if row and row.p50 is not None:
                 bound = op.milliseconds[chip]
-                beside.append((op.op, op.direction, op.shape, gpu, bound, row.p50, row.p50 / bound))
+                beside.append((op.op, op.pass_name, op.shape, gpu, bound, row.p50, row.p50 / bound))
     return sorted(beside, key=lambda line: line[5] - line[4], reverse=True)
 
 
@@ -242,7 +242,7 @@ def whole_steps(steps: Iterable[Step]) -> list[Op]:
 def picture(ops: list[Op], steps: list[Step], path: Path) -> None:
     """The bound of every op, and of the step of d12 by part."""
     canvas, axes = pictures.figure(13, 7.5, 2)
-    names = [f"{op.op} {op.direction}, {op.shape}" for op in ops]
+    names = [f"{op.op} {op.pass_name}, {op.shape}" for op in ops]
     pictures.grouped_bars(
         axes[0], names, {chip: [op.milliseconds[chip] for op in ops] for chip in ROOFLINE_CHIPS}, "{:.2f}"
     )
@@ -267,7 +267,7 @@ def main(save: bool = False) -> int:
     """Print predictions, and what was measured beside them."""
     ops, steps, ranked = predict()
     print("bounds in milliseconds: each op at its first shape in bf16")
-    header = ["op", "direction", "shape", "GB", "GFLOP", "launches", *ROOFLINE_CHIPS]
+    header = ["op", "pass", "shape", "GB", "GFLOP", "launches", *ROOFLINE_CHIPS]
     print(
         table(
             header,
@@ -301,7 +301,7 @@ def main(save: bool = False) -> int:
     beside = measured_beside([*ops, *whole_steps(steps)])
     if beside:
         print("\nmeasured beside predicted, by what is lost")
-        print(table(["op", "direction", "shape", "GPU", "bound, ms", "measured, ms", "times the bound"], beside))
+        print(table(["op", "pass", "shape", "GPU", "bound, ms", "measured, ms", "times the bound"], beside))
     else:
         print("\nnot yet measured on a GPU")
     if save:

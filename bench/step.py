@@ -180,7 +180,7 @@ def measure(
     for name in variants:
         row = Row("step", "both", name, shape, dtype_name, flops=flops, note=notes[name], **provenance(device))
         for part, milliseconds in parts.get(name, {}).items():
-            rows.append(row.with_(op="step part", direction=part, p50=milliseconds))
+            rows.append(row.with_(op="step part", pass_name=part, p50=milliseconds))
         if times[name]:
             row = row.with_(**{f"p{percent}": percentile(times[name], percent) for percent in (20, 50, 80)})
             row = row.with_(percent=1e5 * flops / row.p50 / peak if peak else None)

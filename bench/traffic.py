@@ -29,7 +29,7 @@ class Traffic(NamedTuple):
     """What one call asks for."""
 
     op: str
-    direction: str
+    pass_name: str
     shape: str
     read: int
     """bytes"""
@@ -162,9 +162,9 @@ def _both(function: Callable, *inputs: torch.Tensor | int) -> tuple[Counts, Coun
 def _rows(
     op: str, shape: str, counts: tuple[Counts, Counts], costs: Sequence[Cost], limits: tuple[float, float]
 ) -> Iterator[Traffic]:
-    for direction, counted, cost, limit in zip(("forward", "backward"), counts, costs, limits, strict=True):
+    for pass_name, counted, cost, limit in zip(("forward", "backward"), counts, costs, limits, strict=True):
         read, written = (sum(of.values()) for of in (counted.read, counted.written))
-        yield Traffic(op, direction, shape, read, written, cost.bytes, limit)
+        yield Traffic(op, pass_name, shape, read, written, cost.bytes, limit)
 
 
 def gelu() -> Iterator[Traffic]:
@@ -204,7 +204,7 @@ def layer_norm(n_cols: int = 768) -> Iterator[Traffic]:
         )
         costs = [cost(64, n_cols, *sizes) for cost in (kernels.forward_cost, kernels.backward_cost)]
         yield from _rows(op, f"64×{n_cols}", more_rows, costs, (float("inf"),) * 2)
-        for i, (direction, cost, limit) in enumerate(
+        for i, (pass_name, cost, limit) in enumerate(
             (("forward", kernels.forward_cost, 1.01), ("backward", kernels.backward_cost, 1.05))
         ):
             asked = [
@@ -212,7 +212,7 @@ def layer_norm(n_cols: int = 768) -> Iterator[Traffic]:
                 for what in ("read", "written")
             ]
             compulsory = cost(N_ROWS, n_cols, *sizes).bytes
-            yield Traffic(op, direction, f"{N_ROWS}×{n_cols}", *asked, compulsory, limit, "extrapolated")
+            yield Traffic(op, pass_name, f"{N_ROWS}×{n_cols}", *asked, compulsory, limit, "extrapolated")
 
 
 def extrapolate(small: int, more_rows: int, more_programs: int, n_rows: int = N_ROWS, n_programs: int = 0) -> int:
@@ -236,13 +236,13 @@ def attention(T: int = 1024, D: int = 64) -> Iterator[Traffic]:
         "_attention_bwd_dq_kernel": (backward, "attention_dq", "backward"),
         "_attention_bwd_dkdv_kernel": (backward, "attention_dkdv", "backward"),
     }
-    for kernel, (counts, op, direction) in of_kernels.items():
+    for kernel, (counts, op, pass_name) in of_kernels.items():
         with mock.patch.object(launch, "capability", lambda device: CHIP.capability):
             row = launch.lookup(op, qkv.device, 2, D)
         needed = PRODUCTS[kernel] * T * T * D // 2
         limit = 1 + max(row.block_m, row.block_n) / T
         name = f"1×{T}×1×{D}, {kernel}"
-        yield Traffic("attention", direction, name, counts.products[kernel], 0, needed, limit, "products, not bytes")
+        yield Traffic("attention", pass_name, name, counts.products[kernel], 0, needed, limit, "products, not bytes")
 
 
 VOCABULARY = 50257
@@ -298,10 +298,10 @@ def traffic() -> list[Traffic]:
     return [row for of_an_op in (gelu, layer_norm, embedding, attention, cross_entropy) for row in of_an_op()]
 
 
-def complaints(found: Iterable[Traffic]) -> list[str]:
+def violations(found: Iterable[Traffic]) -> list[str]:
     """What asks for more than it may: a line each."""
     return [
-        f"{r.op} {r.direction} at {r.shape} asks for {r.ratio:.4f} of what is compulsory; {r.limit} is allowed"
+        f"{r.op} {r.pass_name} at {r.shape} asks for {r.ratio:.4f} of what is compulsory; {r.limit} is allowed"
         for r in found
         if not r.ratio <= r.limit
     ]
@@ -311,7 +311,7 @@ def picture(found: list[Traffic], path) -> None:
     """Asked over compulsory, and what is allowed, of what is limited."""
     limited = [r for r in found if math.isfinite(r.limit)]
     canvas, (ax,) = pictures.figure(10, 1.4 + 0.36 * len(limited))
-    names = [f"{r.op} {r.direction}, {r.shape.replace('_kernel', '')}" for r in limited]
+    names = [f"{r.op} {r.pass_name}, {r.shape.replace('_kernel', '')}" for r in limited]
     places = range(len(limited))
     ax.barh(places, [r.limit - 1 for r in limited], left=1.0, height=0.5, color="#e2e8f0", label="allowed")
     style = {"color": pictures.OUR_COLOUR, "markersize": 5, "clip_on": False}
@@ -331,11 +331,11 @@ def picture(found: list[Traffic], path) -> None:
 def main(save: bool = False) -> int:
     """Print all of it; return 1 where something asks for more than it may."""
     found = traffic()
-    header = ["op", "direction", "shape", "bytes read", "written", "compulsory", "asked/compulsory", "allowed", "how"]
+    header = ["op", "pass", "shape", "bytes read", "written", "compulsory", "asked/compulsory", "allowed", "how"]
     rows = [(*r[:6], f"{r.ratio:.4f}", f"{r.limit:.3f}" if math.isfinite(r.limit) else "–", r.how) for r in found]
     print(table(header, rows))
     print(working_set())
-    lines = complaints(found)
+    lines = violations(found)
     print("\n".join(lines or ["nothing asks for more than it may"]))
     if save:
         picture(found, PREDICTED / "traffic.png")

@@ -101,7 +101,7 @@ def test_what_is_counted_is_what_autograd_keeps():
 
 def test_limits_are_told():
     good = memory.Memory("triton", 0, {"fp32": 16.0}, {"fp32": 64.0}, False, 0.1, 20.0)
-    assert memory.complaints([good]) == []
+    assert memory.violations([good]) == []
     bad = good._replace(per_layer={"fp32": 16.2}, logits_sized=True, head_peak=0.13)
-    assert len(memory.complaints([bad])) == 3
-    assert memory.complaints([bad._replace(backend="eager")]) == []
+    assert len(memory.violations([bad])) == 3
+    assert memory.violations([bad._replace(backend="eager")]) == []

@@ -13,16 +13,19 @@ def folders(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     readme.write_text(f"# Top\n\n{tables.BEGIN}\nold\n{tables.END}\n\nrest\n")
     bound = Row("gelu", "forward", "roofline", "65536×3072", "bfloat16", p50=0.242, gpu="H100", note="predicted")
-    others = [bound.with_(gpu="A100", p50=0.4), bound.with_(op="step part", direction="matmul", p50=50.0)]
-    steps = [bound.with_(op="step", direction="both", peer=peer, shape="d12 64×1024") for peer in ("eager", "triton")]
+    others = [bound.with_(gpu="A100", p50=0.4), bound.with_(op="step part", pass_name="matmul", p50=50.0)]
+    steps = [
+        bound.with_(op="step", pass_name="both", variant=variant, shape="d12 64×1024")
+        for variant in ("eager", "triton")
+    ]
     write(tmp_path / "results" / "predicted" / "roofline.csv", [bound, *others, *steps])
     monkeypatch.setattr(report, "is_stale", lambda row: row.commit == "old")
     return readme, tmp_path / "results"
 
 
-def measured(peer="triton", p50=0.3, **others) -> Row:
+def measured(variant="triton", p50=0.3, **others) -> Row:
     return Row(
-        **{"op": "gelu", "direction": "forward", "peer": peer, "shape": "65536×3072", "dtype": "bfloat16"}
+        **{"op": "gelu", "pass_name": "forward", "variant": variant, "shape": "65536×3072", "dtype": "bfloat16"}
         | {"p20": 0.9 * p50, "p50": p50, "p80": 1.1 * p50, "percent": 85.4, "gpu": "NVIDIA Fake 1", "commit": "new"}
         | others
     )
@@ -82,15 +85,15 @@ def is_png(path) -> bool:
 def test_pictures_of_ops_and_of_the_step(folders):
     _, results = folders
     rows = [
-        measured(peer, p50 * size, shape=f"65536×{768 * size}", direction=direction)
-        for peer, p50 in (("triton", 0.1), ("eager", 0.5), ("copy", 0.08))
+        measured(variant, p50 * size, shape=f"65536×{768 * size}", pass_name=pass_name)
+        for variant, p50 in (("triton", 0.1), ("eager", 0.5), ("copy", 0.08))
         for size in (1, 2, 4)
-        for direction in ("forward", "backward", "both")
+        for pass_name in ("forward", "backward", "both")
     ]
     write(results / "nvidia-fake-1" / "gelu.csv", rows)
     parts = [
-        measured(peer, ms, op="step part", direction=part, shape="d12 64×1024", p20=None, p80=None)
-        for peer in ("triton", "compile")
+        measured(variant, ms, op="step part", pass_name=part, shape="d12 64×1024", p20=None, p80=None)
+        for variant in ("triton", "compile")
         for part, ms in (("matmul", 50.0), ("idle", 3.0))
     ]
     write(results / "nvidia-fake-1" / "step.csv", parts)

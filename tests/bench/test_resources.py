@@ -51,7 +51,7 @@ def test_every_kernel_on_every_chip(found):
 
 
 def test_no_spills_shared_memory_within_limits_and_the_best_matrix_instructions(found):
-    assert resources.complaints(found) == []
+    assert resources.violations(found) == []
 
 
 def test_row_kernels_move_128_bits_at_a_time(found):
@@ -75,11 +75,11 @@ def test_rows_that_are_read_twice_stay_in_l2(found):
 
 def test_what_is_below_is_told(found):
     good = found[0]
-    assert resources.complaints([good]) == []
-    assert "spills 8 bytes" in resources.complaints([good._replace(spills=8)])[0]
-    assert "shared memory" in resources.complaints([good._replace(shared=228 * 1024)])[0]
+    assert resources.violations([good]) == []
+    assert "spills 8 bytes" in resources.violations([good._replace(spills=8)])[0]
+    assert "shared memory" in resources.violations([good._replace(shared=228 * 1024)])[0]
     bad = good._replace(capability=90, has_dot=True, mma="mma")
-    assert "multiplies by mma, not wgmma" in resources.complaints([bad])[0]
+    assert "multiplies by mma, not wgmma" in resources.violations([bad])[0]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def steps(device, monkeypatch):
 @needs_interpreter  # test_gpu.py times them on a GPU
 def test_every_variant_makes_steps(steps, monkeypatch):
     monkeypatch.setattr(step, "PASSES", 1)
-    rows = {row.peer: row for row in steps(*step.VARIANTS) if row.op == "step"}
+    rows = {row.variant: row for row in steps(*step.VARIANTS) if row.op == "step"}
     assert list(rows) == list(step.VARIANTS)
     for row in rows.values():
         assert row.p50 == pytest.approx(7.0, rel=1e-4), row.note
@@ -61,7 +61,7 @@ def test_a_variant_that_does_not_fit_is_noted(steps, monkeypatch):
         return original(variant, *args)
 
     monkeypatch.setattr(step, "build", build)
-    rows = {row.peer: row for row in steps("eager", "eager + SDPA") if row.op == "step"}
+    rows = {row.variant: row for row in steps("eager", "eager + SDPA") if row.op == "step"}
     assert (rows["eager + SDPA"].p50, rows["eager + SDPA"].note) == (None, "out of memory")
     assert rows["eager"].p50
 
@@ -84,7 +84,7 @@ def test_one_network_is_alive_at_a_time(steps, monkeypatch):
 
     monkeypatch.setattr(step, "GPT", counted)
     monkeypatch.setattr(step, "training_step", out_of_memory)
-    rows = {row.peer: row for row in steps("eager", "eager + SDPA", "compile") if row.op == "step"}
+    rows = {row.variant: row for row in steps("eager", "eager + SDPA", "compile") if row.op == "step"}
     assert most_alive == [1] * (2 * step.PASSES + 1) and not alive
     assert (rows["eager + SDPA"].p50, rows["eager + SDPA"].note) == (None, "out of memory")
     assert [rows[name].p50 for name in ("eager", "compile")] == pytest.approx([7.0, 7.0], rel=1e-4)
@@ -128,7 +128,7 @@ def test_every_variant_fits_80_gb_at_the_smaller_batch_and_not_at_the_next():
 
 def test_what_no_kernel_accounts_for_is_idle(steps, tmp_path):
     rows = steps("eager", chrome_trace=tmp_path / "trace.json")
-    parts = {row.direction: row.p50 for row in rows if row.op == "step part"}
+    parts = {row.pass_name: row.p50 for row in rows if row.op == "step part"}
     assert list(parts) == [*(part for part, _ in step.KERNEL_PARTS), "idle"]
     assert parts["idle"] == pytest.approx(7.0, rel=1e-4)  # a CPU has no GPU kernels
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]

@@ -65,8 +65,8 @@ def found():
 
 
 def test_no_kernel_asks_for_more_than_it_may(found):
-    assert not traffic.complaints(found)
-    assert {(r.op, r.direction) for r in found} >= {
+    assert not traffic.violations(found)
+    assert {(r.op, r.pass_name) for r in found} >= {
         ("gelu", "forward"),
         ("gelu", "backward"),
         ("layer_norm", "forward"),
@@ -96,12 +96,12 @@ def test_cross_entropy_reads_logits_twice_and_writes_them_once(found):
 
 def test_more_than_is_allowed_is_told(found):
     row = found[0]._replace(read=10 * found[0].read)
-    assert len(traffic.complaints([row])) == 1
+    assert len(traffic.violations([row])) == 1
 
 
 @pytest.mark.parametrize("has_branch", [False, True])
 def test_extrapolated_counts_are_what_a_larger_call_asks_for(has_branch):
     counted = [traffic.count_layer_norm(*of, 768, has_branch) for of in ((32, 2), (64, 2), (64, 4), (200, 7))]
-    for direction in range(2):
-        small, more_rows, more_programs, large = (of[direction].bytes for of in counted)
+    for pass_name in range(2):
+        small, more_rows, more_programs, large = (of[pass_name].bytes for of in counted)
         assert traffic.extrapolate(small, more_rows, more_programs, 200, 7) == large

@@ -1,4 +1,4 @@
-"""Every peer's adapter: torch's on small shapes, the libraries' on stand-ins with their signatures."""
+"""Every baseline's adapter: torch's on small shapes, the libraries' on stand-ins with their signatures."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import peers
+from bench import baselines
 from kernels import accuracy, eager
 
 
@@ -16,10 +16,10 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_like(peer, oracle, inputs, n_outputs_grad=None):
+def assert_like(variant, reference, inputs, n_outputs_grad=None):
     with torch.no_grad():
-        out = oracle(*inputs.values())
-    comparisons = accuracy.compare_op(peer, oracle, inputs, [torch.ones_like(out)])
+        out = reference(*inputs.values())
+    comparisons = accuracy.compare_op(variant, reference, inputs, [torch.ones_like(out)])
     assert comparisons and all(c.ok for c in comparisons), comparisons
 
 
@@ -47,7 +47,7 @@ HEAD = {"hidden": normal(6, 8), "weight": normal(11, 8, seed=1), "targets": LOGI
 QKV = {"qkv": normal(2, 9, 3 * 16), "n_head": 2}
 
 
-def test_compiled_peers_are_the_function(monkeypatch):
+def test_compiled_baselines_are_the_function(monkeypatch):
     options = []
 
     def compile(function, **given):
@@ -55,14 +55,14 @@ def test_compiled_peers_are_the_function(monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
-    made = peers.compiled(eager.gelu)
+    made = baselines.compiled(eager.gelu)
     assert list(made) == ["compile", "compile max-autotune"]
     assert options == [{"dynamic": False}, {"dynamic": False, "mode": "max-autotune-no-cudagraphs"}]
-    for peer in made.values():
-        assert_like(peer, eager.gelu, {"x": normal(5, 7)})
+    for variant in made.values():
+        assert_like(variant, eager.gelu, {"x": normal(5, 7)})
 
 
-def test_compiled_peers_trace_without_a_break():
+def test_compiled_baselines_trace_without_a_break():
     for function, inputs in (
         (eager.gelu, {"x": normal(5, 7)}),
         (
@@ -84,25 +84,25 @@ def test_each_sdpa_backend_is_forced(monkeypatch):
         entered.append(backend)
         return __import__("contextlib").nullcontext()
 
-    monkeypatch.setattr(peers, "sdpa_kernel", record)
-    for name, peer in peers.sdpa().items():
+    monkeypatch.setattr(baselines, "sdpa_kernel", record)
+    for name, variant in baselines.sdpa().items():
         entered.clear()
-        assert_like(peer, eager.attention, QKV)
-        assert set(entered) == {peers.SDPA[name]}
-    assert len(set(peers.SDPA.values())) == 4
+        assert_like(variant, eager.attention, QKV)
+        assert set(entered) == {baselines.SDPA[name]}
+    assert len(set(baselines.SDPA.values())) == 4
 
 
 def test_math_really_runs_under_its_name():
-    assert_like(peers.sdpa()["sdpa-math"], eager.attention, QKV)
+    assert_like(baselines.sdpa()["sdpa-math"], eager.attention, QKV)
 
 
 def test_torch_gelu():
-    assert_like(peers.torch_gelu, eager.gelu, {"x": normal(5, 7)})
+    assert_like(baselines.torch_gelu, eager.gelu, {"x": normal(5, 7)})
 
 
 def test_three_matmuls_are_those_of_the_head():
     hidden, weight = (tensor.clone().requires_grad_() for tensor in (HEAD["hidden"], HEAD["weight"]))
-    out = peers.three_matmuls(hidden, weight, HEAD["targets"])
+    out = baselines.three_matmuls(hidden, weight, HEAD["targets"])
     logits = hidden.detach() @ weight.detach().t()
     assert out.shape == () and out == logits[0, 0]
     out.backward()
@@ -113,12 +113,12 @@ def test_three_matmuls_are_those_of_the_head():
 def test_what_is_not_installed_is_left_out(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     names = ("liger", "flash-attn deterministic", "quack", "cce")
-    assert peers.installed({name: lambda: 1 / 0 for name in names}) == {}
+    assert baselines.installed({name: lambda: 1 / 0 for name in names}) == {}
 
 
 def test_what_is_installed_is_made(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", {"liger_kernel": "a module"}.get)
-    assert peers.installed({"liger": lambda: "made", "quack": lambda: 1 / 0}) == {"liger": "made"}
+    assert baselines.installed({"liger": lambda: "made", "quack": lambda: 1 / 0}) == {"liger": "made"}
 
 
 def test_liger_layer_norm(stand_in):
@@ -128,7 +128,7 @@ def test_liger_layer_norm(stand_in):
             return F.layer_norm(X, W.shape, W, B, eps)
 
     stand_in("liger_kernel.ops.layer_norm", LigerLayerNormFunction=LigerLayerNormFunction)
-    assert_like(peers.liger_layer_norm(), eager.layer_norm, LAYER_NORM)
+    assert_like(baselines.liger_layer_norm(), eager.layer_norm, LAYER_NORM)
 
 
 def test_liger_cross_entropy_keeps_the_logits_of_the_caller(stand_in):
@@ -154,7 +154,7 @@ def test_liger_cross_entropy_keeps_the_logits_of_the_caller(stand_in):
 
     stand_in("liger_kernel.transformers.functional", liger_cross_entropy=liger_cross_entropy)
     logits = LOGITS["logits"].clone()
-    assert_like(peers.liger_cross_entropy(), eager.cross_entropy, LOGITS | {"logits": logits})
+    assert_like(baselines.liger_cross_entropy(), eager.cross_entropy, LOGITS | {"logits": logits})
     assert torch.equal(logits, LOGITS["logits"])
 
 
@@ -167,7 +167,7 @@ def test_liger_head(stand_in):
         return linear(input, weight, target, ignore_index)
 
     stand_in("liger_kernel.transformers.functional", liger_fused_linear_cross_entropy=liger_fused_linear_cross_entropy)
-    assert_like(peers.liger_linear_cross_entropy(), eager.linear_cross_entropy, HEAD)
+    assert_like(baselines.liger_linear_cross_entropy(), eager.linear_cross_entropy, HEAD)
 
 
 def test_quack_layer_norm(stand_in):
@@ -183,7 +183,7 @@ def test_quack_layer_norm(stand_in):
         return dx, (dout * x_hat).sum(0), dout.sum(0)
 
     stand_in("quack.rmsnorm", layernorm_fwd=layernorm_fwd, layernorm_bwd=layernorm_bwd)
-    assert_like(peers.quack_layer_norm(), eager.layer_norm, LAYER_NORM)
+    assert_like(baselines.quack_layer_norm(), eager.layer_norm, LAYER_NORM)
 
 
 def test_quack_cross_entropy_and_head(stand_in):
@@ -199,8 +199,8 @@ def test_quack_cross_entropy_and_head(stand_in):
 
     stand_in("quack.cross_entropy", cross_entropy=cross_entropy)
     stand_in("quack.linear_cross_entropy", chunked_linear_cross_entropy=chunked_linear_cross_entropy)
-    assert_like(peers.quack_cross_entropy(), eager.cross_entropy, LOGITS)
-    assert_like(peers.quack_linear_cross_entropy(), eager.linear_cross_entropy, HEAD)
+    assert_like(baselines.quack_cross_entropy(), eager.cross_entropy, LOGITS)
+    assert_like(baselines.quack_linear_cross_entropy(), eager.linear_cross_entropy, HEAD)
 
 
 def test_cce_head(stand_in):
@@ -208,7 +208,7 @@ def test_cce_head(stand_in):
         return linear(e, c, targets, ignore_index)
 
     stand_in("cut_cross_entropy", linear_cross_entropy=linear_cross_entropy)
-    assert_like(peers.cce_linear_cross_entropy(), eager.linear_cross_entropy, HEAD)
+    assert_like(baselines.cce_linear_cross_entropy(), eager.linear_cross_entropy, HEAD)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -222,5 +222,5 @@ def test_flash_attention(stand_in, deterministic):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     stand_in("flash_attn", flash_attn_qkvpacked_func=flash_attn_qkvpacked_func)
-    assert_like(peers.flash_attention(deterministic), eager.attention, QKV)
+    assert_like(baselines.flash_attention(deterministic), eager.attention, QKV)
     assert set(asked) == {deterministic}
