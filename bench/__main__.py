@@ -152,7 +152,7 @@ def time_kernels(
         BadInput: there is no such op.
     """
     from bench import harness
-    from bench.suite import BENCHMARKS
+    from bench.ops import BENCHMARKS
 
     known = {benchmark.op for benchmark in BENCHMARKS}
     for op in ops:

@@ -1,10 +1,14 @@
-"""Whom the kernels are measured against: torch's own ways, and libraries where they are installed (the extra: bench).
+"""Baselines that the kernels are timed against: PyTorch's own ways, and libraries where they are installed.
 
-Each adapter has the arguments of the op in kernels/eager.py, and imports its library when it is made.
+Each takes the arguments of its op in kernels/eager.py. Libraries come with the extra `bench`; an adapter imports its
+own when it is made.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +22,15 @@ SDPA = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
+MODULES = {"liger": "liger_kernel", "flash-attn": "flash_attn", "quack": "quack", "cce": "cut_cross_entropy"}
+"""of libraries, by the first word of a baseline's name"""
+Adapters = Mapping[str, Callable[[], Callable]]
+"""functions that import a library and return its op, by the name of the baseline"""
+
+
+def of(function: Callable, adapters: Adapters | None = None) -> dict[str, Callable]:
+    """A function of kernels/eager.py, the same under torch.compile, and the libraries that are installed."""
+    return {"eager": function, **compiled(function), **installed(adapters or {})}
 
 
 def compiled(function: Callable) -> dict[str, Callable]:
@@ -25,6 +38,13 @@ def compiled(function: Callable) -> dict[str, Callable]:
     return {
         "compile": torch.compile(function, dynamic=False),
         "compile max-autotune": torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs"),
+    }
+
+
+def installed(adapters: Adapters) -> dict[str, Callable]:
+    """The ops of those libraries that are installed."""
+    return {
+        name: make() for name, make in adapters.items() if importlib.util.find_spec(MODULES[name.partition(" ")[0]])
     }
 
 
@@ -41,12 +61,14 @@ def sdpa() -> dict[str, Callable]:
     return {name: force(backend) for name, backend in SDPA.items()}
 
 
-def installed(adapters: Mapping[str, Callable[[], Callable]]) -> dict[str, Callable]:
-    """Make those adapters whose library is here; a name is the module, then what tells it from others of the same."""
-    modules = {"liger": "liger_kernel", "flash-attn": "flash_attn", "quack": "quack", "cce": "cut_cross_entropy"}
-    return {
-        name: make() for name, make in adapters.items() if importlib.util.find_spec(modules[name.partition(" ")[0]])
-    }
+def torch_gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU as one kernel of torch's."""
+    return F.gelu(x, approximate="tanh")
+
+
+def with_ignore_index(module: str, name: str) -> Callable:
+    """A loss of a library whose arguments are the op's, and which takes ignore_index by name."""
+    return partial(getattr(importlib.import_module(module), name), ignore_index=eager.IGNORE_INDEX)
 
 
 def liger_layer_norm() -> Callable:
@@ -57,17 +79,9 @@ def liger_layer_norm() -> Callable:
 
 
 def liger_cross_entropy() -> Callable:
-    """Its forward writes the gradient over the logits, so it gets a copy: whoever keeps them has to make one."""
-    from liger_kernel.transformers.functional import liger_cross_entropy as function
-
-    return lambda logits, targets: function(logits.clone(), targets, ignore_index=eager.IGNORE_INDEX)
-
-
-def liger_linear_cross_entropy() -> Callable:
-    """Chunks of rows, gradients in the forward pass."""
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as function
-
-    return lambda hidden, weight, targets: function(hidden, weight, targets, ignore_index=eager.IGNORE_INDEX)
+    """Gets a copy of the logits, because its forward pass writes the gradient over them."""
+    function = with_ignore_index("liger_kernel.transformers.functional", "liger_cross_entropy")
+    return lambda logits, targets: function(logits.clone(), targets)
 
 
 def quack_layer_norm() -> Callable:
@@ -76,7 +90,7 @@ def quack_layer_norm() -> Callable:
 
     class LayerNorm(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, weight, bias):
+        def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
             y, rstd, mean = layernorm_fwd(
                 x, weight.float(), bias.float(), eager.LAYER_NORM_EPS, return_rstd=True, return_mean=True
             )
@@ -84,7 +98,7 @@ def quack_layer_norm() -> Callable:
             return y
 
         @staticmethod
-        def backward(ctx, dy):
+        def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
             x, weight, rstd, mean = ctx.saved_tensors
             dx, dweight, dbias = layernorm_bwd(x, weight.float(), dy, rstd, mean)
             return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
@@ -92,30 +106,8 @@ def quack_layer_norm() -> Callable:
     return LayerNorm.apply
 
 
-def quack_cross_entropy() -> Callable:
-    """In CuTe DSL, with clusters on Hopper."""
-    from quack.cross_entropy import cross_entropy
-
-    return lambda logits, targets: cross_entropy(logits, targets, ignore_index=eager.IGNORE_INDEX)
-
-
-def quack_linear_cross_entropy() -> Callable:
-    """Chunks of 4,096 rows, gradients in the forward pass."""
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy as function
-
-    return lambda hidden, weight, targets: function(hidden, weight, targets, ignore_index=eager.IGNORE_INDEX)
-
-
-def cce_linear_cross_entropy() -> Callable:
-    """Apple's Cut Cross-Entropy, https://arxiv.org/abs/2411.09009: never any logits; skips gradients that it takes for
-    zero, which is its default."""
-    from cut_cross_entropy import linear_cross_entropy as function
-
-    return lambda hidden, weight, targets: function(hidden, weight, targets, ignore_index=eager.IGNORE_INDEX)
-
-
 def flash_attention(deterministic: bool = False) -> Callable:
-    """FlashAttention-2, https://arxiv.org/abs/2307.08691, on the packed tensor; its default backward adds dq up
+    """FlashAttention-2, https://arxiv.org/abs/2307.08691, on the packed tensor. By default its backward adds up dq
     atomically."""
     from flash_attn import flash_attn_qkvpacked_func as function
 
@@ -127,24 +119,37 @@ def flash_attention(deterministic: bool = False) -> Callable:
     return attention
 
 
-def torch_gelu(x: torch.Tensor) -> torch.Tensor:
-    """torch's own kernel."""
-    return F.gelu(x, approximate="tanh")
+LAYER_NORM: Adapters = {"liger": liger_layer_norm, "quack": quack_layer_norm}
+ATTENTION: Adapters = {
+    "flash-attn": flash_attention,
+    "flash-attn deterministic": partial(flash_attention, deterministic=True),
+}
+CROSS_ENTROPY: Adapters = {
+    "liger": liger_cross_entropy,
+    "quack": partial(with_ignore_index, "quack.cross_entropy", "cross_entropy"),
+}
+LINEAR_CROSS_ENTROPY: Adapters = {
+    # In chunks of rows, with gradients in the forward pass.
+    "liger": partial(with_ignore_index, "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
+    "quack": partial(with_ignore_index, "quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
+    # Cut Cross-Entropy, https://arxiv.org/abs/2411.09009: never any logits. By default it skips small gradients.
+    "cce": partial(with_ignore_index, "cut_cross_entropy", "linear_cross_entropy"),
+}
 
 
 def three_matmuls(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The matrix products of the head, and nothing else: not a loss, but what any head has to pay at least."""
+    """The matrix products of the head and nothing else: no loss, but the least that any head costs."""
     return _ThreeMatmuls.apply(hidden, weight)
 
 
 class _ThreeMatmuls(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight):
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         logits = hidden @ weight.t()
         ctx.save_for_backward(hidden, weight, logits)
         return logits[0, 0].float()
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, weight, logits = ctx.saved_tensors
         return logits @ weight, logits.t() @ hidden

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 from bench import capture, pictures, step
-from bench.attention import launch_flops
 from bench.chips import CHIPS, LAUNCH_SECONDS, Chip
 from bench.harness import Benchmark, Shape
 from bench.results import OURS, PREDICTED, RESULTS, Row, measured, write
@@ -36,6 +35,18 @@ PARTS = (
     ("other", r""),
 )
 """what a kernel belongs to, by its name; the first that fits"""
+
+
+PRODUCTS = {"_attention_fwd_kernel": 2, "_attention_bwd_dq_kernel": 3, "_attention_bwd_dkdv_kernel": 4}
+"""matrix products that each kernel makes of a tile of scores"""
+
+
+def launch_flops(noted: capture.Launch) -> int:
+    """FLOPs that a launch executes where no tile is computed in vain: the causal half; 0 for other kernels."""
+    if noted.name not in PRODUCTS:
+        return 0
+    B, H, T, D = noted.args["q_ptr"].shape
+    return PRODUCTS[noted.name] * B * H * T * T * D
 
 
 def part_of(name: str) -> str:
@@ -182,7 +193,7 @@ class Prediction(NamedTuple):
 def predict() -> Prediction:
     """Trace every op, and the step of every preset and backend."""
     from bench import launches
-    from bench.suite import BENCHMARKS
+    from bench.ops import BENCHMARKS
 
     ops = [op for benchmark in BENCHMARKS for op in predict_op(benchmark, benchmark.shapes[0])]
     steps, of_d12 = [], {}

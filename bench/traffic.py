@@ -224,7 +224,7 @@ def extrapolate(small: int, more_rows: int, more_programs: int, n_rows: int = N_
 
 def attention(T: int = 1024, D: int = 64) -> Iterator[Traffic]:
     """Matrix products computed over those of the causal half: tiles on the diagonal are computed whole."""
-    from bench.attention import PRODUCTS
+    from bench.roofline import PRODUCTS
     from kernels import attention as kernels
     from kernels import launch
 

@@ -5,7 +5,7 @@ import torch
 
 from bench import launches, roofline, step
 from bench.chips import CHIPS, LAUNCH_SECONDS, occupancy
-from bench.suite import BENCHMARKS
+from bench.ops import BENCHMARKS
 from kernels.cost import Cost
 from model.gpt import PRESETS
 

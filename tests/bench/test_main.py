@@ -60,8 +60,8 @@ def test_nothing_to_compare_is_bad_input(tmp_path, capsys):
 def timing(device, toy, tmp_path, monkeypatch):
     """`time_kernels` over three toy ops; each case takes 60 seconds of a clock that is returned with it."""
     one = toy()
-    suite = types.SimpleNamespace(BENCHMARKS=[one._replace(op=op, dtypes=(torch.bfloat16,)) for op in ("a", "b", "c")])
-    monkeypatch.setitem(sys.modules, "bench.suite", suite)
+    ops = types.SimpleNamespace(BENCHMARKS=[one._replace(op=op, dtypes=(torch.bfloat16,)) for op in ("a", "b", "c")])
+    monkeypatch.setitem(sys.modules, "bench.ops", ops)
     from bench import harness, results
 
     now = [0.0]

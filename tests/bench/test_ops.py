@@ -6,7 +6,7 @@ import torch
 from bench import __main__ as cli
 from bench import baselines, harness
 from bench.harness import Shape
-from bench.suite import BENCHMARKS
+from bench.ops import BENCHMARKS
 from kernels.ops import Ops
 from tests.conftest import DEVICE
 
