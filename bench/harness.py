@@ -2,9 +2,9 @@
 
 Events on the stream bracket each call. Before each the device is held busy, for twice the time that the host needs to
 enqueue the call, so that what is timed is the GPU alone; a row notes in how many rounds the host was late all the same.
-Inputs rotate through copies that together exceed the L2 cache, so that none is warm. A round times
-every variant once, in turn, so that a drift of the clock meets all of them. The device is a parameter, and with it the
-clock: the tests' one counts.
+Inputs rotate through copies that together exceed the L2 cache, so that none is warm. A round times every variant once,
+in turn, so that a drift of the clock meets all of them. The device, and with it the clock, is a parameter: tests pass
+one that counts.
 """
 
 import gc
@@ -23,7 +23,7 @@ from kernels.cost import Cost
 
 ROUNDS = (10, 100)
 """least and most rounds of a measurement"""
-SECONDS_A_CASE = 1.5
+SECONDS_PER_CASE = 1.5
 """that the rounds of one pass take together, roughly"""
 WARM_UP = 3
 HOLD_MS = 1.0
@@ -161,7 +161,7 @@ def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0,
 
 
 def measure(
-    benchmark: Benchmark, shape: Shape, dtype: torch.dtype, device: Device, seconds: float = SECONDS_A_CASE
+    benchmark: Benchmark, shape: Shape, dtype: torch.dtype, device: Device, seconds: float = SECONDS_PER_CASE
 ) -> list[Row]:
     """Check and time every variant of an op at one shape, forward, backward and both.
 

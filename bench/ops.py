@@ -1,11 +1,13 @@
 """Every op that is timed: its shapes, inputs, reference, kernel, baselines and costs. A new op is a Benchmark here."""
 
+from collections.abc import Iterable
 from types import ModuleType
 
 import torch
 
 from bench import baselines
 from bench.harness import Benchmark, Shape, normal
+from common import BadInput
 from kernels import attention, cross_entropy, eager, embedding, gelu, layer_norm
 from kernels.cost import Cost
 from model.gpt import PRESETS
@@ -171,3 +173,15 @@ BENCHMARKS = (
         n_summed=lambda B, T, C: {"dtoken_weight": B * T, "dposition_weight": B},
     ),
 )
+
+
+def named(names: Iterable[str]) -> list[Benchmark]:
+    """The benchmarks of ops, given by name or as "all".
+
+    Raises:
+        BadInput: there is no such op.
+    """
+    names, known = set(names), [benchmark.op for benchmark in BENCHMARKS]
+    for name in sorted(names - {"all", *known}):
+        raise BadInput(f"unknown op {name!r}; choose from {', '.join(known)}, or all")
+    return [benchmark for benchmark in BENCHMARKS if names & {"all", benchmark.op}]

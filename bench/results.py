@@ -1,4 +1,4 @@
-"""Rows of measurements: CSV files in bench/results/<gpu>/, what moved between two of them, the table of README."""
+"""Rows of measurements: CSV files in bench/results/<gpu>/, and what moved between two of them."""
 
 import csv
 import dataclasses
@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.tables import table
 from common import BadInput, atomic_write
@@ -15,7 +16,6 @@ from common import BadInput, atomic_write
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 OURS = "triton"
-PREDICTED = RESULTS / "predicted"
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Row:
 
     op: str
     pass_name: str
-    """forward, backward, or both; step"""
+    """forward, backward or both; of the op "step part", a name in variants.PARTS"""
     variant: str
+    """who was timed: ours, a baseline, or the ceiling"""
     shape: str
     dtype: str
     p20: float | None = None
@@ -45,7 +46,7 @@ class Row:
     note: str = ""
     """why there is no time (wrong, out of memory, refused), or what to know of it (peak memory, a late host)"""
 
-    def with_(self, **changes) -> "Row":
+    def with_(self, **changes: Any) -> "Row":
         """The same with other values."""
         return dataclasses.replace(self, **changes)
 
@@ -99,7 +100,7 @@ def _row(cells: dict[str, str]) -> Row:
 
 def measured(results: Path = RESULTS) -> list[Row]:
     """All rows that a GPU gave."""
-    folders = sorted(path for path in results.glob("*") if path.is_dir() and path.name != PREDICTED.name)
+    folders = sorted(path for path in results.glob("*") if path.is_dir())
     return [row for path in folders if any(path.glob("*.csv")) for row in read(path)]
 
 

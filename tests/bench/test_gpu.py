@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import harness, step
+from bench import harness, variants
 from bench.ops import BENCHMARKS
 
 pytestmark = pytest.mark.gpu
@@ -23,9 +23,9 @@ def test_every_variant_of_an_op_is_timed():
 
 def test_every_variant_of_the_step_is_timed(tmp_path):
     device = harness.CudaDevice()
-    rows = step.measure("nano", (8, 128), torch.bfloat16, device, seconds=2.0, chrome_trace=tmp_path / "trace.json")
+    rows = variants.measure("nano", (8, 128), torch.bfloat16, device, seconds=2.0, chrome_trace=tmp_path / "trace.json")
     steps = {row.variant: row for row in rows if row.op == "step"}
-    assert list(steps) == list(step.VARIANTS)
+    assert list(steps) == list(variants.VARIANTS)
     assert all(row.p50 > 0 and row.note.startswith("peak") for row in steps.values()), steps
     parts = {row.pass_name: row.p50 for row in rows if (row.op, row.variant) == ("step part", "triton")}
     assert parts["matmul"] > 0 and parts["attention"] > 0 and parts["norm"] > 0

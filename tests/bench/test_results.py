@@ -88,10 +88,10 @@ def test_a_gpu_has_a_folder(tmp_path):
     assert folder("NVIDIA H100 80GB HBM3", tmp_path) == tmp_path / "nvidia-h100-80gb-hbm3"
 
 
-def test_predictions_are_not_measured(tmp_path):
-    write(tmp_path / "predicted" / "roofline.csv", [row(note="predicted")])
+def test_all_that_was_measured(tmp_path):
     assert results.measured(tmp_path) == []
     write(tmp_path / "nvidia-fake-1" / "gelu.csv", [row()])
+    (tmp_path / "no-rows").mkdir()
     assert results.measured(tmp_path) == [row()]
 
 

@@ -1,19 +1,18 @@
-"""`python -m bench step`: one training step, with train.py's calls; timed on a GPU, counted on fake tensors."""
+"""The training step, as train.py makes it, in every variant that is timed, and the parts that its time goes to."""
 
 import gc
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from bench import capture
+from bench import baselines
 from bench.harness import Device, in_a_line, percentile, provenance, time_in_turns
-from bench.results import Row
-from kernels import ops as table_of_ops
-from kernels.ops import EAGER, EAGER_SDPA, Ops
+from bench.results import OURS, Row
+from kernels import eager
+from kernels.ops import EAGER, Ops, triton_ops
 from model.gpt import GPT, PRESETS, GPTConfig
 from training import optim
 from training.config import Config
@@ -44,58 +43,46 @@ def training_step(
     return loss.detach()
 
 
-def trace_step(
-    config: GPTConfig,
-    ops: Ops,
-    batch_size: int = 64,
-    sequence_length: int = 1024,
-    dtype: torch.dtype = torch.bfloat16,
-    capability: int = 90,
-    recompute: int = 0,
-) -> capture.Trace:
-    """What the second training step of a network launches; the first makes the optimizer's state."""
-    gpt = GPT(config, ops, init=False)
-    gpt.set_recompute(recompute)
-    with capture.trace(capability) as tracing:
-        capture.fake_parameters(gpt)
-        optimizer = optim.build(gpt, Config(learning_rate=1e-4, weight_decay=0.1))
-        x, y = (torch.empty(batch_size, sequence_length, dtype=torch.int64) for _ in range(2))
-        training_step(gpt, gpt, optimizer, x, y, dtype)
-        tracing.restart()
-        training_step(gpt, gpt, optimizer, x, y, dtype)
-    return tracing
-
-
 def shape_name(preset: str, tokens: tuple[int, int]) -> str:
     """How rows call it: d12 64×1024."""
     return f"{preset} {tokens[0]}×{tokens[1]}"
+
+
+SDPA = EAGER._replace(attention=eager.sdpa_attention)
+BACKENDS: dict[str, Callable[[str], Ops]] = {
+    "eager": lambda device_type: EAGER,
+    "sdpa": lambda device_type: SDPA,
+    "sdpa + F.gelu": lambda device_type: SDPA._replace(gelu=baselines.torch_gelu),
+    OURS: triton_ops,
+}
+"""tables of ops by name, for what is timed and for what tests/budgets counts; from the type of the device"""
 
 
 class Variant(NamedTuple):
     """One way to make the step."""
 
     backend: str
-    """eager, sdpa or triton"""
+    """a name in BACKENDS"""
     compiled: bool = False
     graphed: bool = False
 
 
 VARIANTS = {
-    "triton": Variant("triton"),
-    "triton + compile": Variant("triton", compiled=True),
-    "triton + CUDA graph": Variant("triton", graphed=True),
+    OURS: Variant(OURS),
+    f"{OURS} + compile": Variant(OURS, compiled=True),
+    f"{OURS} + CUDA graph": Variant(OURS, graphed=True),
     "eager": Variant("eager"),
-    "eager + SDPA": Variant("sdpa"),
-    "compile": Variant("eager", compiled=True),
-    "compile + SDPA": Variant("sdpa", compiled=True),
+    "sdpa": Variant("sdpa"),
+    "sdpa + F.gelu": Variant("sdpa + F.gelu"),
+    "eager + compile": Variant("eager", compiled=True),
+    "sdpa + compile": Variant("sdpa", compiled=True),
 }
 
 
 def build(variant: Variant, config: GPTConfig, tokens: tuple[int, int], dtype: torch.dtype, device: Device) -> Callable:
     """A network of its own, ready for its next step: a function without arguments that makes one."""
     where = device.torch_device
-    ops = {"eager": EAGER, "sdpa": EAGER_SDPA}.get(variant.backend) or table_of_ops.triton_ops(where.type)
-    gpt = GPT(config, ops).to(where)
+    gpt = GPT(config, BACKENDS[variant.backend](where.type)).to(where)
     optimizer = optim.build(gpt, Config(learning_rate=1e-4, weight_decay=0.1))
     for group in optimizer.param_groups:
         group["capturable"] = variant.graphed and where.type == "cuda"
@@ -188,28 +175,31 @@ def measure(
     return rows
 
 
-KERNEL_PARTS = (
-    ("matmul", r"gemm|cutlass|nvjet|xmma|cublas|splitK|matmul|_mm_"),
-    ("attention", r"flash|fmha|attention|attn"),
-    ("norm", r"layer_?norm|GammaBeta|rowwise_?moments"),
-    ("GELU", r"gelu|tanh|pow_"),
-    ("loss", r"cross_entropy|soft_?max|nll|_mean_kernel"),
-    ("optimizer", r"adam|multi_tensor|lpnorm|foreach"),
-    ("copies and casts", r"copy|memcpy|memset|cat_?array|fill|_to_copy"),
-    ("other", r""),
-)
-"""what a kernel belongs to, by the name that the profiler gives it; the first that fits"""
+PARTS = {
+    "attention": r"flash|fmha|attention|attn|masked_fill|triu|softmax_warp|aten::_softmax|\bSoftMax(For|Back)wardEpi",
+    "matmul": r"aten::(mm|addmm|bmm|baddbmm)$|gemm|cutlass|nvjet|xmma|cublas|splitK|matmul|_mm_",
+    "loss": r"cross_entropy|soft_?max|nll|_mean_kernel",
+    "norm": r"layer_?norm|GammaBeta|rowwise_?moments",
+    "GELU": r"gelu|tanh|pow",
+    "optimizer": r"adam|multi_tensor|lpnorm|foreach|clip",
+    "embedding": r"embedding|compute_grad_weight",
+    "bias gradients": r"aten::sum$|reduce_kernel.*sum",
+    "copies and casts": r"copy|memcpy|memset|\bcat\b|cat_?array|clone|aten::(zeros|ones)|fill",
+    "other": r"",
+}
+"""parts of a step by the names of torch's operations, of our kernels and of kernels as the profiler gives them; of the
+patterns that fit, the first holds"""
 
 
-def kernel_part(name: str) -> str:
-    """Which of KERNEL_PARTS a kernel belongs to."""
-    return next(part for part, pattern in KERNEL_PARTS if re.search(pattern, name, re.IGNORECASE))
+def part_of(name: str) -> str:
+    """Which of PARTS a kernel or operation belongs to."""
+    return next(part for part, pattern in PARTS.items() if re.search(pattern, name, re.IGNORECASE))
 
 
 def where_time_goes(
     make_step: Callable, milliseconds: float, device: Device, chrome_trace: Path | None = None
 ) -> dict[str, float]:
-    """Milliseconds of a step by KERNEL_PARTS, from torch.profiler; what is left of the step's own time is idle."""
+    """Milliseconds of a step by PARTS, from torch.profiler; what is left of the step's own time is idle."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.torch_device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -218,9 +208,9 @@ def where_time_goes(
         device.milliseconds(device.mark(), device.mark())
     if chrome_trace:
         profile.export_chrome_trace(str(chrome_trace))
-    parts = Counter({part: 0.0 for part, _ in KERNEL_PARTS})
+    parts = dict.fromkeys(PARTS, 0.0)
     for event in profile.events():
         # What is merely annotated spans kernels that are counted by themselves.
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            parts[kernel_part(event.name)] += event.device_time_total / 1e3
-    return dict(parts) | {"idle": max(milliseconds - sum(parts.values()), 0.0)}
+            parts[part_of(event.name)] += event.device_time_total / 1e3
+    return parts | {"idle": max(milliseconds - sum(parts.values()), 0.0)}
