@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bench import results
 from bench.harness import CudaDevice, Device
 from bench.results import RESULTS, Row, compare, folder, read, write
 from bench.tables import table
@@ -90,7 +91,7 @@ def need_gpu(command: str) -> Device:
     return CudaDevice()
 
 
-def time_step(arguments: argparse.Namespace, device: Device, results: Path = RESULTS) -> None:
+def time_step(arguments: argparse.Namespace, device: Device, folders: Path = RESULTS) -> None:
     """Time the variants of a training step and write their rows.
 
     Raises:
@@ -104,7 +105,7 @@ def time_step(arguments: argparse.Namespace, device: Device, results: Path = RES
     for name in names:
         if name not in variants.VARIANTS:
             raise BadInput(f"unknown variant {name!r}; choose from {', '.join(map(repr, variants.VARIANTS))}")
-    path = folder(device.gpu, results) / "step.csv"
+    path = folder(device.gpu, folders) / "step.csv"
     dtype = getattr(torch, arguments.dtype)
     batch_sizes = variants.BATCH_SIZES if arguments.batch_size is None else [arguments.batch_size]
     chrome_trace = arguments.trace
@@ -123,7 +124,7 @@ def time_kernels(
     names: Iterable[str],
     stop_at: float,
     device: Device,
-    results: Path = RESULTS,
+    folders: Path = RESULTS,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Time case after case, and stop before one that would not end in time. Skips what is measured at this commit."""
@@ -132,7 +133,7 @@ def time_kernels(
     cases = list(harness.cases(ops.named(names)))
     longest, left = 0.0, 0
     for benchmark, shape, dtype in cases:
-        path = folder(device.gpu, results) / f"{benchmark.op}.csv"
+        path = folder(device.gpu, folders) / f"{benchmark.op}.csv"
         if _is_done(path, op=benchmark.op, shape=shape.name, dtype=str(dtype).partition(".")[2]):
             continue
         started = clock()
@@ -148,11 +149,9 @@ def time_kernels(
 
 def _is_done(path: Path, **key: str) -> bool:
     """Whether there are rows of this commit."""
-    from bench.results import commit
-
     if not path.exists():
         return False
-    now = commit()
+    now = results.commit()
     rows = [row for row in read(path) if all(getattr(row, name) == value for name, value in key.items())]
     return bool(rows) and not now.endswith("+") and all(row.commit == now for row in rows)
 

@@ -29,15 +29,13 @@ Adapters = Mapping[str, Callable[[], Callable]]
 
 
 def of(function: Callable, adapters: Adapters | None = None) -> dict[str, Callable]:
-    """A function of kernels/eager.py, the same under torch.compile, and the libraries that are installed."""
-    return {"eager": function, **compiled(function), **installed(adapters or {})}
-
-
-def compiled(function: Callable) -> dict[str, Callable]:
-    """A function under torch.compile, default and max-autotune; without CUDA graphs, which would copy the inputs."""
+    """A function of kernels/eager.py, the same under torch.compile, and the libraries that are installed. Compiled
+    without CUDA graphs, which would copy the inputs."""
     return {
+        "eager": function,
         "compile": torch.compile(function, dynamic=False),
         "compile max-autotune": torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs"),
+        **installed(adapters or {}),
     }
 
 

@@ -12,9 +12,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from bench.results import OURS, Row, commit
@@ -55,11 +57,8 @@ class Device(Protocol):
     def milliseconds(self, start: Any, end: Any) -> float:
         """Between two marks; waits for the second."""
 
-    def allocated(self) -> int:
-        """Bytes of all tensors."""
-
     def peak_bytes(self) -> int:
-        """Most of them since the last call."""
+        """Most bytes of tensors alive since the last call, beyond those alive then."""
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
         """Record what a call launches, as a CUDA graph, and return what launches it again."""
@@ -72,7 +71,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.gpu, self.l2_bytes = properties.name, properties.L2_cache_size
-        self.driver = ""
+        self.driver, self._allocated = "", 0
         if shutil.which("nvidia-smi"):  # a container may lack it
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             self.driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
@@ -95,12 +94,10 @@ class CudaDevice:
         end.synchronize()
         return start.elapsed_time(end)
 
-    def allocated(self) -> int:
-        return torch.cuda.memory_allocated()
-
     def peak_bytes(self) -> int:
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() - self._allocated
         torch.cuda.reset_peak_memory_stats()
+        self._allocated = torch.cuda.memory_allocated()
         return peak
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
@@ -351,26 +348,14 @@ def time_in_turns(
 
 def percentile(values: Iterable[float], percent: float) -> float:
     """Linear between the two nearest of the sorted values."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+    return float(np.percentile(list(values), percent))
 
 
 def provenance(device: Device) -> dict[str, str]:
     """Where a row comes from."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = ""
-    return {
-        "gpu": device.gpu,
-        "driver": device.driver,
-        "torch": torch.__version__,
-        "triton": triton,
-        "commit": commit(),
-    }
+    triton = version("triton") if find_spec("triton") else ""
+    of_device = {"gpu": device.gpu, "driver": device.driver}
+    return of_device | {"torch": torch.__version__, "triton": triton, "commit": commit()}
 
 
 def cases(benchmarks: Iterable[Benchmark]) -> Iterator[tuple[Benchmark, Shape, torch.dtype]]:

@@ -100,8 +100,7 @@ def _row(cells: dict[str, str]) -> Row:
 
 def measured(results: Path = RESULTS) -> list[Row]:
     """All rows that a GPU gave."""
-    folders = sorted(path for path in results.glob("*") if path.is_dir())
-    return [row for path in folders if any(path.glob("*.csv")) for row in read(path)]
+    return [row for path in sorted(results.glob("*/*.csv")) for row in read(path)]
 
 
 def moved(before: Iterable[Row], after: Iterable[Row]) -> list[tuple[Row, Row]]:

@@ -22,19 +22,8 @@ from training.flops import flops_per_token, peak_flops
 def training_step(
     model: Callable, gpt: GPT, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Forward, backward, clip and update.
-
-    Args:
-        model: `gpt`, or what torch.compile made of it.
-        gpt: whose parameters are updated.
-        optimizer: from `optim.build`.
-        x: (B, T) int64 token ids.
-        y: (B, T) int64, what comes after each.
-        dtype: of the matrix products; below fp32 by autocast.
-
-    Returns:
-        () the loss.
-    """
+    """Forward, backward, clip and update. `model` is `gpt` or what torch.compile made of it; x and y are (B, T) int64
+    token ids and what comes after each; matrix products are in `dtype`. Returns the loss, ()."""
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         _, loss = model(x, y, return_logits=False)
     loss.backward()
@@ -134,7 +123,7 @@ def measure(
 
     def time_variant(name: str, last: bool) -> None:
         """Everything that the variant needs lives in this frame."""
-        before, _ = device.allocated(), device.peak_bytes()
+        device.peak_bytes()
         make_step = build(VARIANTS[name], config, tokens, dtype, device)
 
         def call(i: int) -> tuple:
@@ -144,7 +133,7 @@ def measure(
 
         share = seconds / PASSES / len(variants)
         timed, failures = time_in_turns(device, {name: call}, share, hold=False)  # a step's time has the host's in it
-        notes[name] = failures.get(name, f"peak {(device.peak_bytes() - before) / 1e9:.1f} GB")
+        notes[name] = failures.get(name, f"peak {device.peak_bytes() / 1e9:.1f} GB")
         times[name] = times[name] + timed[name] if name in timed else []
         if last and name in timed:
             trace_file = None if parts else chrome_trace

@@ -49,9 +49,6 @@ class FakeDevice:
         self.host = max(self.host, end)
         return end - start
 
-    def allocated(self) -> int:
-        return 0
-
     def peak_bytes(self) -> int:
         return 25 * 10**9
 

@@ -1,4 +1,4 @@
-"""`python -m bench.stalls`: what a checkpoint costs training, on this machine's CPU.
+"""`python -m tests.training.stalls`: what a checkpoint costs training, on this machine's CPU.
 
 A network of at least 100 million parameters is trained on one core, so that the background has another. Measured: a
 step without a save; a save that is waited for; how long a save that is not waited for holds up the loop, while memory
@@ -84,7 +84,7 @@ def measure(model: str, saves: int, folder: Path, threads: int) -> dict[str, flo
 
 def main() -> None:
     """The command line; see the module."""
-    parser = argparse.ArgumentParser(prog="bench.stalls", description="What a checkpoint costs training.")
+    parser = argparse.ArgumentParser("python -m tests.training.stalls", description="What a checkpoint costs training.")
     parser.add_argument("--model", default="d12", choices=PRESETS, help="A preset (default: d12).")
     parser.add_argument("--saves", type=int, default=5, help="How many of each kind (default: 5).")
     parser.add_argument("--threads", type=int, default=1, help="That training uses (default: 1).")
