@@ -1,1 +1,1 @@
-"""Measurements: `python -m bench` lists them."""
+"""Timing on a GPU: `python -m bench` lists what can be run. What is counted without one is in tests/budgets."""

@@ -1,4 +1,4 @@
-"""`python -m bench` lists what there is."""
+"""`python -m bench` lists what can be run."""
 
 import argparse
 import time
@@ -7,161 +7,133 @@ from pathlib import Path
 
 import torch
 
-from bench.results import RESULTS, compare, folder, read, write
+from bench import results
+from bench.harness import CudaDevice, Device
+from bench.results import RESULTS, Row, compare, folder, read, write
+from bench.tables import table
 from common import BadInput, exit_on_bad_input
 
 COMMANDS = {
-    "kernels": "time the ops against their peers (a GPU): [OP ...]",
-    "step": "time a training step, and where its time goes (a GPU)",
-    "all": "kernels and step, for so many minutes; the next call goes on (a GPU)",
-    "resources": "registers, spills, shared memory, occupancy, access widths, matrix instructions; compiled",
-    "traffic": "bytes that kernels ask for, beside compulsory bytes; interpreted",
-    "memory": "what is kept for backward, and what is alive; traced",
-    "launches": "kernels that a training step launches, by name, and their bytes; traced",
-    "roofline": "predicted time of every op and of the step; traced, with what was measured beside it",
-    "report": "the table of README and the pictures, from the rows",
-    "compare": "rows that moved beyond their spread: A B, files or folders",
+    "kernels": "time ops against their baselines (needs a GPU)",
+    "step": "time a training step, and where its time goes (needs a GPU)",
+    "all": "step, then kernels; the next call resumes (needs a GPU)",
+    "tune": "search launch configurations of ops; without a GPU, list those that fit",
+    "compare": "rows whose time moved beyond its spread",
+    "report": "write the table in README, and the pictures, from the rows",
 }
-COUNTED = ("resources", "traffic", "memory", "launches", "roofline")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
-        prog="python -m bench", description="Measurements, and what can be known without a GPU."
-    )
+    top = argparse.ArgumentParser(prog="python -m bench", description="How fast: timed on a GPU, tuned and compared.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     of = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
-    of["kernels"].add_argument("ops", nargs="*", metavar="OP", help="ops to time (default: all)")
-    for name in ("kernels", "all"):
+    ops = {"metavar": "OP", "help": "of bench/ops.py, or all"}
+    of["kernels"].add_argument("ops", nargs="*", default=["all"], **ops)
+    of["tune"].add_argument("ops", nargs="+", **ops)
+    of["tune"].add_argument("--shape", help="one of the op's (default: all)")
+    of["tune"].add_argument("--capability", type=int, help="to compile for, as in 90 (default: the GPU's, or 90)")
+    for name in ("kernels", "all", "tune"):
         of[name].add_argument("--minutes", type=float, default=9.0, help="when to stop (default: 9)")
+    of["step"].add_argument("variants", nargs="*", metavar="VARIANT", help="of bench/variants.py (default: all)")
     for name in ("step", "all"):
         of[name].add_argument("--model", default="d12", help="a preset (default: d12)")
         of[name].add_argument("--batch_size", type=int, help="B (default: 64, then 16, where all fit 80 GB)")
         of[name].add_argument("--sequence_length", type=int, default=1024, help="T (default: 1024)")
         of[name].add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
         of[name].add_argument("--trace", type=Path, help="a file for a Chrome trace of the first variant")
-    of["step"].add_argument("variants", nargs="*", metavar="VARIANT", help="ways to make the step (default: all)")
-    for name in COUNTED:
-        of[name].add_argument("--save", action="store_true", help="write the picture to bench/results/predicted")
-    of["compare"].add_argument("before", type=Path)
+    of["compare"].add_argument("before", type=Path, help="a CSV file, or a folder of them")
     of["compare"].add_argument("after", type=Path)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line and return the exit status: 1 where a limit is broken, 2 for bad input."""
+    """Run a command line and return the exit status: 1 where something got slower, 2 for bad input."""
     arguments = parser().parse_args(argv)
     with exit_on_bad_input("python -m bench"):
         match arguments.command:
             case None:
-                print("\n".join(f"python -m bench {name:10} {text}" for name, text in COMMANDS.items()))
+                print("\n".join(f"python -m bench {name:8} {text}" for name, text in COMMANDS.items()))
                 return 0
+            case "tune":
+                from bench import tune
+
+                return tune.main(arguments)
             case "compare":
                 return compare(arguments.before, arguments.after)
             case "report":
                 from bench import report
 
                 return report.main()
-            case "traffic":
-                from bench import traffic
-
-                return traffic.main(arguments.save)
-            case "resources" | "memory" | "launches" | "roofline":
-                return counted(arguments.command, arguments.save)
-            case _:
-                return timed(arguments, need_gpu(arguments.command))
-
-
-def counted(command: str, save: bool) -> int:
-    """Run what looks at compiled kernels."""
-    from kernels import interpreter
-
-    try:
-        interpreter.choose("cuda")
-    except (ImportError, RuntimeError) as error:
-        raise BadInput(f"{command} looks at compiled kernels: {error}") from error
-    from bench import launches, memory, resources, roofline
-
-    modules = {"resources": resources, "memory": memory, "launches": launches, "roofline": roofline}
-    return modules[command].main(save)
+        device = need_gpu(arguments.command)
+        stop_at = time.monotonic() + 60 * getattr(arguments, "minutes", 0)
+        if arguments.command != "kernels":
+            time_step(arguments, device)
+        if arguments.command != "step":
+            time_kernels(getattr(arguments, "ops", ["all"]), stop_at, device)
+    return 0
 
 
-def need_gpu(command: str):
+def need_gpu(command: str) -> Device:
     """The GPU to time on.
 
     Raises:
-        BadInput: there is none.
+        BadInput: there is none, or this process interprets kernels.
     """
     if not torch.cuda.is_available():
-        raise BadInput(f"{command} needs an NVIDIA GPU to time on; without one there are {', '.join(COUNTED)}")
+        raise BadInput(f"{command} needs an NVIDIA GPU to time on; `pytest tests/budgets -s` counts without one")
     from kernels import interpreter
 
     try:
         interpreter.choose("cuda")
     except (ImportError, RuntimeError) as error:
         raise BadInput(f"{command}: {error}") from error
-    from bench.harness import CudaDevice
-
     return CudaDevice()
 
 
-def timed(arguments: argparse.Namespace, device) -> int:
-    """Run what needs a clock."""
-    from model.gpt import PRESETS
+def time_step(arguments: argparse.Namespace, device: Device, folders: Path = RESULTS) -> None:
+    """Time the variants of a training step and write their rows.
 
-    stop_at = time.monotonic() + 60 * getattr(arguments, "minutes", float("inf"))
-    if arguments.command != "kernels":
-        if arguments.model not in PRESETS:
-            raise BadInput(f"--model {arguments.model} is no preset; choose from {', '.join(PRESETS)}")
-        time_step(arguments, device)
-    if arguments.command != "step":
-        time_kernels(getattr(arguments, "ops", []), stop_at, device)
-    return 0
+    Raises:
+        BadInput: there is no such preset or variant.
+    """
+    from bench import variants
 
-
-def time_step(arguments: argparse.Namespace, device, results: Path = RESULTS) -> None:
-    """Time the variants of a training step and write their rows."""
-    from bench import step
-
-    variants = getattr(arguments, "variants", []) or list(step.VARIANTS)
-    for variant in variants:
-        if variant not in step.VARIANTS:
-            raise BadInput(f"unknown variant {variant!r}; choose from {', '.join(map(repr, step.VARIANTS))}")
-    path = folder(device.gpu, results) / "step.csv"
+    if arguments.model not in variants.PRESETS:
+        raise BadInput(f"--model {arguments.model} is no preset; choose from {', '.join(variants.PRESETS)}")
+    names = getattr(arguments, "variants", []) or list(variants.VARIANTS)
+    for name in names:
+        if name not in variants.VARIANTS:
+            raise BadInput(f"unknown variant {name!r}; choose from {', '.join(map(repr, variants.VARIANTS))}")
+    path = folder(device.gpu, folders) / "step.csv"
     dtype = getattr(torch, arguments.dtype)
-    batch_sizes = step.BATCH_SIZES if arguments.batch_size is None else [arguments.batch_size]
+    batch_sizes = variants.BATCH_SIZES if arguments.batch_size is None else [arguments.batch_size]
     chrome_trace = arguments.trace
     for batch_size in batch_sizes:
         tokens = (batch_size, arguments.sequence_length)
-        key = {"op": "step", "shape": step.shape_name(arguments.model, tokens), "dtype": arguments.dtype}
+        key = {"op": "step", "shape": variants.shape_name(arguments.model, tokens), "dtype": arguments.dtype}
         if arguments.command == "all" and _is_done(path, **key):
             continue
-        rows = step.measure(arguments.model, tokens, dtype, device, variants, chrome_trace=chrome_trace)
+        rows = variants.measure(arguments.model, tokens, dtype, device, names, chrome_trace=chrome_trace)
         write(path, rows)
         _show(rows)
         chrome_trace = None
 
 
 def time_kernels(
-    ops: Iterable[str], stop_at: float, device, results: Path = RESULTS, clock: Callable[[], float] = time.monotonic
+    names: Iterable[str],
+    stop_at: float,
+    device: Device,
+    folders: Path = RESULTS,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Time case after case, and stop before one that would not end in time; what is measured at this commit is skipped.
+    """Time case after case, and stop before one that would not end in time. Skips what is measured at this commit."""
+    from bench import harness, ops
 
-    Raises:
-        BadInput: there is no such op.
-    """
-    from bench import harness
-    from bench.suite import BENCHMARKS
-
-    known = {benchmark.op for benchmark in BENCHMARKS}
-    for op in ops:
-        if op not in known:
-            raise BadInput(f"unknown op {op!r}; choose from {', '.join(sorted(known))}")
-    cases = list(harness.cases(b for b in BENCHMARKS if b.op in (ops or known)))
+    cases = list(harness.cases(ops.named(names)))
     longest, left = 0.0, 0
     for benchmark, shape, dtype in cases:
-        path = folder(device.gpu, results) / f"{benchmark.op}.csv"
+        path = folder(device.gpu, folders) / f"{benchmark.op}.csv"
         if _is_done(path, op=benchmark.op, shape=shape.name, dtype=str(dtype).partition(".")[2]):
             continue
         started = clock()
@@ -172,29 +144,25 @@ def time_kernels(
         write(path, rows)
         _show(rows)
         longest = max(longest, clock() - started)
-    print(f"{left} of {len(cases)} cases are left; the same command goes on" if left else "all cases are measured")
+    print(f"{left} of {len(cases)} cases are left; the same command resumes" if left else "all cases are measured")
 
 
 def _is_done(path: Path, **key: str) -> bool:
     """Whether there are rows of this commit."""
-    from bench.results import commit
-
     if not path.exists():
         return False
-    now = commit()
+    now = results.commit()
     rows = [row for row in read(path) if all(getattr(row, name) == value for name, value in key.items())]
     return bool(rows) and not now.endswith("+") and all(row.commit == now for row in rows)
 
 
-def _show(rows: Iterable) -> None:
-    from bench.tables import table
-
-    def line(row) -> tuple:
+def _show(rows: Iterable[Row]) -> None:
+    def line(row: Row) -> tuple:
         rate = 1e-9 / (1e-3 * row.p50) if row.p50 else None
         percent = f"{row.percent:.0f}%" if row.percent is not None else ""
         return *row.key, row.p50, rate and rate * row.bytes, rate and rate * row.flops / 1e3, percent, row.note
 
-    header = ["op", "direction", "peer", "shape", "dtype", "ms", "GB/s", "TFLOP/s", "of the ceiling", "note"]
+    header = ["op", "pass", "variant", "shape", "dtype", "ms", "GB/s", "TFLOP/s", "of the ceiling", "note"]
     print(table(header, map(line, rows)), flush=True)
 
 

@@ -40,10 +40,6 @@ CHIPS = {
     )
 }
 
-LAUNCH_SECONDS = 2e-6
-"""What one launch costs where launches follow each other on a stream: an assumption of the predictions, not a figure
-of any chip. Triton's launcher needs several times that on the CPU, which hides as long as kernels are long."""
-
 
 def occupancy(chip: Chip, registers: int, shared: int, n_warps: int) -> float:
     """Resident warps over the most that an SM holds: CUDA's occupancy calculator, without clusters.

@@ -1,10 +1,10 @@
-"""Timing on a GPU: the check, then the time, all peers in turns.
+"""Timing on a GPU: the check, then the time, all variants in turns.
 
 Events on the stream bracket each call. Before each the device is held busy, for twice the time that the host needs to
 enqueue the call, so that what is timed is the GPU alone; a row notes in how many rounds the host was late all the same.
-Inputs rotate through copies that together exceed the L2 cache, so that none is warm. A round times
-every peer once, in turn, so that a drift of the clock meets all of them. The device is a parameter, and with it the
-clock: the tests' one counts.
+Inputs rotate through copies that together exceed the L2 cache, so that none is warm. A round times every variant once,
+in turn, so that a drift of the clock meets all of them. The device, and with it the clock, is a parameter: tests pass
+one that counts.
 """
 
 import gc
@@ -12,9 +12,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from bench.results import OURS, Row, commit
@@ -23,8 +25,8 @@ from kernels.cost import Cost
 
 ROUNDS = (10, 100)
 """least and most rounds of a measurement"""
-SECONDS_A_CASE = 1.5
-"""that the rounds of one direction take together, roughly"""
+SECONDS_PER_CASE = 1.5
+"""that the rounds of one pass take together, roughly"""
 WARM_UP = 3
 HOLD_MS = 1.0
 """that the device is held before a call at least"""
@@ -55,11 +57,8 @@ class Device(Protocol):
     def milliseconds(self, start: Any, end: Any) -> float:
         """Between two marks; waits for the second."""
 
-    def allocated(self) -> int:
-        """Bytes of all tensors."""
-
     def peak_bytes(self) -> int:
-        """Most of them since the last call."""
+        """Most bytes of tensors alive since the last call, beyond those alive then."""
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
         """Record what a call launches, as a CUDA graph, and return what launches it again."""
@@ -72,7 +71,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.gpu, self.l2_bytes = properties.name, properties.L2_cache_size
-        self.driver = ""
+        self.driver, self._allocated = "", 0
         if shutil.which("nvidia-smi"):  # a container may lack it
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             self.driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
@@ -95,12 +94,10 @@ class CudaDevice:
         end.synchronize()
         return start.elapsed_time(end)
 
-    def allocated(self) -> int:
-        return torch.cuda.memory_allocated()
-
     def peak_bytes(self) -> int:
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() - self._allocated
         torch.cuda.reset_peak_memory_stats()
+        self._allocated = torch.cuda.memory_allocated()
         return peak
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
@@ -138,10 +135,10 @@ class Benchmark(NamedTuple):
     shapes: tuple[Shape, ...]
     inputs: Callable[..., dict[str, torch.Tensor | int]]
     """(dtype, device, **sizes) -> the arguments of the op by name"""
-    oracle: Callable
+    reference: Callable
     kernel: Callable
     """ours"""
-    peers: Callable[[], Mapping[str, Callable]]
+    baselines: Callable[[], Mapping[str, Callable]]
     """the others by name, with the op's arguments"""
     costs: Callable[..., tuple[Cost, Cost]]
     """(itemsize, **sizes) -> forward, backward"""
@@ -161,33 +158,33 @@ def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0,
 
 
 def measure(
-    benchmark: Benchmark, shape: Shape, dtype: torch.dtype, device: Device, seconds: float = SECONDS_A_CASE
+    benchmark: Benchmark, shape: Shape, dtype: torch.dtype, device: Device, seconds: float = SECONDS_PER_CASE
 ) -> list[Row]:
-    """Check and time every peer of an op at one shape, forward, backward and both.
+    """Check and time every variant of an op at one shape, forward, backward and both.
 
     Returns:
-        A row for each direction and peer, the ceiling among them; a peer that is wrong, or that fails, has no times and
-        a note that says why.
+        A row per pass and variant, the ceiling among them. A variant that is wrong or fails has no times, and a note
+        that says why.
     """
     torch.compiler.reset()  # a function that was compiled for many shapes would silently fall back to eager
-    peers, notes = {OURS: benchmark.kernel, **benchmark.peers()}, {}
-    for name, peer in peers.items():
-        if note := _why_not(benchmark, peer, shape, dtype, device):
+    variants, notes = {OURS: benchmark.kernel, **benchmark.baselines()}, {}
+    for name, variant in variants.items():
+        if note := reason_to_skip(benchmark, variant, shape, dtype, device):
             notes[name] = note
     forward, backward = benchmark.costs(itemsize=dtype.itemsize, **shape.sizes)
     costs = {"forward": forward, "backward": backward, "both": forward + backward}
     copies = Copies(benchmark, shape, dtype, device)
     rows = []
-    for direction, cost in costs.items():
+    for pass_name, cost in costs.items():
         if benchmark.bare:
-            ceiling, most = copies.caller(benchmark.bare, direction), cost
+            ceiling, most = copies.caller(benchmark.bare, pass_name), cost
         else:
             ceiling, most = _ceiling(benchmark.ceiling, cost, dtype, device)
-        calls = {name: copies.caller(peer, direction) for name, peer in peers.items() if name not in notes}
+        calls = {name: copies.caller(variant, pass_name) for name, variant in variants.items() if name not in notes}
         times, said = time_in_turns(device, {benchmark.ceiling: ceiling} | calls, seconds)
-        for name in [benchmark.ceiling, *peers]:
+        for name in [benchmark.ceiling, *variants]:
             work = most if name == benchmark.ceiling else cost
-            row = Row(benchmark.op, direction, name, shape.name, str(dtype).partition(".")[2], **work._asdict())
+            row = Row(benchmark.op, pass_name, name, shape.name, str(dtype).partition(".")[2], **work._asdict())
             if name in times:
                 row = row.with_(**{f"p{percent}": percentile(times[name], percent) for percent in (20, 50, 80)})
             if name in times and benchmark.ceiling in times:
@@ -197,16 +194,16 @@ def measure(
     return rows
 
 
-def _why_not(benchmark: Benchmark, peer: Callable, shape: Shape, dtype: torch.dtype, device: Device) -> str:
-    """Why a peer is not timed, in a few words; an empty string where it is right."""
+def reason_to_skip(benchmark: Benchmark, variant: Callable, shape: Shape, dtype: torch.dtype, device: Device) -> str:
+    """Why a variant is not timed, in a few words; an empty string where it is right."""
     inputs = benchmark.inputs(dtype=dtype, device=device.torch_device, **shape.small)
     with torch.no_grad():
-        out = benchmark.oracle(*inputs.values())
+        out = benchmark.reference(*inputs.values())
     outs = [out] if isinstance(out, torch.Tensor) else list(out)
     gradients = [normal(*o.shape, dtype=dtype, device=device.torch_device, seed=9 + i) for i, o in enumerate(outs)]
     try:
         n_summed = benchmark.n_summed(**shape.small)
-        comparisons = accuracy.compare_op(peer, benchmark.oracle, inputs, gradients, n_summed)
+        comparisons = accuracy.compare_op(variant, benchmark.reference, inputs, gradients, n_summed)
     except Exception as error:
         return in_a_line("failed", error)
     off = [f"{c.name} {c.error:.1e} > {c.tolerance:.1e}" for c in comparisons if not c.ok]
@@ -239,18 +236,18 @@ class Copies:
         self.inputs = [first, *(make() for _ in range(min(-(-2 * device.l2_bytes // n_bytes), 64)))]
         self.gradients: list[torch.Tensor] = []
 
-    def caller(self, peer: Callable, direction: str) -> Callable[[int], tuple[Any, Any]]:
-        """A function that runs a peer on the copy of round i and returns the marks around what is timed."""
+    def caller(self, variant: Callable, pass_name: str) -> Callable[[int], tuple[Any, Any]]:
+        """A function that runs a variant on the copy of round i and returns the marks around what is timed."""
 
         def call(i: int) -> tuple[Any, Any]:
             inputs = self.inputs[i % len(self.inputs)]
             leaves = [v for v in inputs if _is_float(v)]
             start = self.device.mark()
-            out = peer(*inputs)
-            if direction != "forward":
+            out = variant(*inputs)
+            if pass_name != "forward":
                 outs = [out] if isinstance(out, torch.Tensor) else list(out)
                 gradients = self._gradients(outs)
-                if direction == "backward":
+                if pass_name == "backward":
                     start = self.device.mark()
                 torch.autograd.grad(outs, leaves, gradients)
             return start, self.device.mark()
@@ -265,7 +262,7 @@ class Copies:
 
 
 def _ceiling(kind: str, cost: Cost, dtype: torch.dtype, device: Device) -> tuple[Callable, Cost]:
-    """What a peer can hope for at most, as a call like its own, and the work that it does."""
+    """What a variant can hope for at most, as a call like its own, and the work that it does."""
     make = {"dtype": dtype, "device": device.torch_device}
     if kind == "copy":
         n_elements = max(cost.bytes // 2 // dtype.itemsize, 1)
@@ -351,26 +348,14 @@ def time_in_turns(
 
 def percentile(values: Iterable[float], percent: float) -> float:
     """Linear between the two nearest of the sorted values."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+    return float(np.percentile(list(values), percent))
 
 
 def provenance(device: Device) -> dict[str, str]:
     """Where a row comes from."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = ""
-    return {
-        "gpu": device.gpu,
-        "driver": device.driver,
-        "torch": torch.__version__,
-        "triton": triton,
-        "commit": commit(),
-    }
+    triton = version("triton") if find_spec("triton") else ""
+    of_device = {"gpu": device.gpu, "driver": device.driver}
+    return of_device | {"torch": torch.__version__, "triton": triton, "commit": commit()}
 
 
 def cases(benchmarks: Iterable[Benchmark]) -> Iterator[tuple[Benchmark, Shape, torch.dtype]]:

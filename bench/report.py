@@ -1,60 +1,42 @@
-"""`python -m bench report`: the pictures of what was measured, and the table in README, from the rows alone."""
+"""`python -m bench report`: the table in README and the pictures, from the rows that a GPU gave."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from bench import pictures
-from bench.results import OURS, PREDICTED, RESULTS, ROOT, Row, folder, is_stale, measured, read
+from bench.results import OURS, RESULTS, ROOT, Row, folder, is_stale, measured
 from bench.tables import put_table, table
 
-NOT_MEASURED = "not yet measured on a GPU"
-CHIP = "H100"
-"""whose predictions stand where nothing is measured"""
-HEADER = (
-    "op",
-    "pass",
-    "shape",
-    "dtype",
-    f"bound on an {CHIP}, ms (predicted)",
-    "measured, ms",
-    "of the ceiling",
-    "fastest other",
-)
-
-
-def lines_of(predicted: Iterable[Row], rows: Iterable[Row]) -> list[tuple]:
-    """One line a predicted row, beside what each GPU measured of it."""
-    rows = [row for row in rows if row.p50 is not None]
-    lines = []
-    for bound in predicted:
-        if bound.gpu != CHIP or bound.op == "step part" or (bound.op == "step" and bound.peer != OURS):
-            continue
-        cells = (bound.op, bound.direction, bound.shape, bound.dtype, f"{bound.p50:.3g}")
-        same = [
-            r
-            for r in rows
-            if (r.op, r.direction, r.shape, r.dtype) == (bound.op, bound.direction, bound.shape, bound.dtype)
-        ]
-        ours = [row for row in same if row.peer == OURS]
-        if not ours:
-            lines.append((*cells, NOT_MEASURED, "", ""))
-        for row in ours:
-            others = [r for r in same if r.gpu == row.gpu and r.peer not in (OURS, *CEILINGS)]
-            best = min(others, key=lambda r: r.p50, default=None)
-            mark = " (older than the kernel)" if is_stale(row) else ""
-            lines.append(
-                (
-                    *cells,
-                    f"{row.p50:.3g} on {row.gpu}{mark}",
-                    f"{row.percent:.0f}%" if row.percent is not None else "",
-                    f"{best.peer}, {best.p50:.3g} ms" if best else "",
-                )
-            )
-    return lines
-
-
+COMMAND = "python -m bench report"
+NOT_MEASURED = "Nothing has been measured on a GPU yet."
 CEILINGS = ("copy", "matmul", "three matmuls")
+HEADER = ("op", "pass", "shape", "GPU", "ms", "of the ceiling", "fastest baseline")
+
+
+def lines_of(rows: Iterable[Row]) -> list[tuple]:
+    """Per GPU, ours in bf16: every op at the first of its shapes, forward and backward, and every step."""
+    rows = [row for row in rows if row.p50 is not None and row.dtype == "bfloat16"]
+    first: dict[tuple[str, str], str] = {}
+    lines = []
+    for row in rows:
+        is_step = row.op == "step"
+        if row.variant != OURS or row.op == "step part" or (row.pass_name == "both" and not is_step):
+            continue
+        if not is_step and first.setdefault((row.gpu, row.op), row.shape) != row.shape:
+            continue
+        same = [r for r in rows if (r.gpu, r.op, r.pass_name, r.shape) == (row.gpu, row.op, row.pass_name, row.shape)]
+        baselines = [r for r in same if r.variant not in CEILINGS and r.variant.partition(" ")[0] != OURS]
+        best = min(baselines, key=lambda r: r.p50, default=None)
+        lines.append(
+            (
+                *(row.op, row.pass_name, row.shape, row.gpu),
+                f"{row.p50:.3g}{' (older than the kernel)' if is_stale(row) else ''}",
+                f"{row.percent:.0f}%" if row.percent is not None else "",
+                f"{best.variant}, {best.p50:.3g} ms" if best else "",
+            )
+        )
+    return lines
 
 
 def size_of(row: Row) -> int:
@@ -64,7 +46,7 @@ def size_of(row: Row) -> int:
 
 
 def draw(results: Path) -> list[Path]:
-    """Redraw the pictures of every GPU: one an op, dtype and family of shapes, one a step."""
+    """Redraw the pictures of every GPU: one per op, dtype and family of shapes, one per step."""
     paths = []
     groups: dict[tuple, list[Row]] = {}
     for row in measured(results):
@@ -91,12 +73,10 @@ def _family(row: Row) -> str:
 
 def main(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> int:
     """Draw, and write the table."""
-    rows = measured(results)
-    predicted = read(results / PREDICTED.name / "roofline.csv")
+    lines = lines_of(measured(results))
     paths = draw(results)
-    put_table(table(HEADER, lines_of(predicted, rows), markdown=True), readme)
-    gpus = sorted({row.gpu for row in rows})
-    print(f"{readme}: the table has {', '.join(gpus) if gpus else 'predictions alone: ' + NOT_MEASURED}")
+    put_table(table(HEADER, lines, markdown=True) if lines else NOT_MEASURED, readme, COMMAND)
+    print(f"{readme}: {len(lines)} lines" if lines else f"{readme}: {NOT_MEASURED}")
     for path in paths:
         print(path)
     return 0

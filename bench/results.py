@@ -1,4 +1,4 @@
-"""Rows of measurements: CSV files in bench/results/<gpu>/, what moved between two of them, the table of README."""
+"""Rows of measurements: CSV files in bench/results/<gpu>/, and what moved between two of them."""
 
 import csv
 import dataclasses
@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.tables import table
 from common import BadInput, atomic_write
@@ -15,17 +16,17 @@ from common import BadInput, atomic_write
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 OURS = "triton"
-PREDICTED = RESULTS / "predicted"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One peer at one shape. Times in milliseconds."""
+    """One variant at one shape. Times in milliseconds."""
 
     op: str
-    direction: str
-    """forward, backward, or both; step"""
-    peer: str
+    pass_name: str
+    """forward, backward or both; of the op "step part", a name in variants.PARTS"""
+    variant: str
+    """who was timed: ours, a baseline, or the ceiling"""
     shape: str
     dtype: str
     p20: float | None = None
@@ -45,14 +46,14 @@ class Row:
     note: str = ""
     """why there is no time (wrong, out of memory, refused), or what to know of it (peak memory, a late host)"""
 
-    def with_(self, **changes) -> "Row":
+    def with_(self, **changes: Any) -> "Row":
         """The same with other values."""
         return dataclasses.replace(self, **changes)
 
     @property
     def key(self) -> tuple[str, ...]:
         """What a second measurement of the same thing has too."""
-        return self.op, self.direction, self.peer, self.shape, self.dtype
+        return self.op, self.pass_name, self.variant, self.shape, self.dtype
 
 
 def folder(gpu: str, results: Path = RESULTS) -> Path:
@@ -99,8 +100,7 @@ def _row(cells: dict[str, str]) -> Row:
 
 def measured(results: Path = RESULTS) -> list[Row]:
     """All rows that a GPU gave."""
-    folders = sorted(path for path in results.glob("*") if path.is_dir() and path.name != PREDICTED.name)
-    return [row for path in folders if any(path.glob("*.csv")) for row in read(path)]
+    return [row for path in sorted(results.glob("*/*.csv")) for row in read(path)]
 
 
 def moved(before: Iterable[Row], after: Iterable[Row]) -> list[tuple[Row, Row]]:
@@ -120,7 +120,7 @@ def compare(before: Path, after: Path) -> int:
         for a, b in sorted(pairs, key=lambda pair: pair[0].p50 / pair[1].p50)
     ]
     if rows:
-        print(table(["op", "direction", "peer", "shape", "dtype", "ms before", "ms after", "change"], rows))
+        print(table(["op", "pass", "variant", "shape", "dtype", "ms before", "ms after", "change"], rows))
     slower = sum(b.p50 > a.p50 for a, b in pairs)
     print(f"{len(both)} rows in both; {slower} slower and {len(pairs) - slower} faster beyond their spread")
     return 1 if slower else 0
@@ -128,7 +128,7 @@ def compare(before: Path, after: Path) -> int:
 
 def is_stale(row: Row, root: Path = ROOT) -> bool:
     """True where a kernel of ours was changed after the row was measured."""
-    if row.peer.partition(" ")[0] != OURS:
+    if row.variant.partition(" ")[0] != OURS:
         return False
     return row.commit.endswith("+") or not _is_ancestor(_last_commit(row.op, root), row.commit, root)
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from common import BadInput, atomic_write
-
-BEGIN, END = "<!-- written by python -m bench: begin -->", "<!-- written by python -m bench: end -->"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence], markdown: bool = False) -> str:
@@ -20,34 +19,29 @@ def table(header: Sequence[str], rows: Iterable[Sequence], markdown: bool = Fals
     cells = [list(header)] + [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(header))]
-    lines = [
-        [
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ]
-        for row in cells
-    ]
+    lines = [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)] for row in cells]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in lines)
     rule = ["-" * (width - 1) + (":" if to_right else "-") for width, to_right in zip(widths, right, strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
-def put_table(text: str, path: Path) -> None:
-    """Put a table into a document, between its two markers.
+def put_table(text: str, path: Path, command: str) -> None:
+    """Put a table into a document, between the two markers of the command that writes it.
 
     Raises:
-        BadInput: the document has no markers.
+        BadInput: the document has no such markers.
     """
+    begin, end = (f"<!-- written by {command}: {what} -->" for what in ("begin", "end"))
     old = path.read_text()
-    if BEGIN not in old or END not in old:
-        raise BadInput(f"{path} has no lines {BEGIN} and {END}; put them where the table is to be")
-    before, after = old.partition(BEGIN)[0], old.partition(END)[2]
+    if begin not in old or end not in old:
+        raise BadInput(f"{path} has no lines {begin} and {end}; put them where the table is to be")
+    before, after = old.partition(begin)[0], old.partition(end)[2]
     with atomic_write(path) as file:
-        file.write(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
+        file.write(f"{before}{begin}\n\n{text}\n\n{end}{after}".encode())
 
 
-def _cell(value) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):

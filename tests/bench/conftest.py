@@ -49,9 +49,6 @@ class FakeDevice:
         self.host = max(self.host, end)
         return end - start
 
-    def allocated(self) -> int:
-        return 0
-
     def peak_bytes(self) -> int:
         return 25 * 10**9
 
@@ -82,9 +79,9 @@ class Doubling(torch.autograd.Function):
 
 @pytest.fixture
 def toy(device):
-    """Makes a benchmark of y = 2·x from peers given as (forward ms, backward ms, factor)."""
+    """Makes a benchmark of y = 2·x from baselines given as (forward ms, backward ms, factor)."""
 
-    def make(kernel=(1.0, 2.0, 2.0), **peers) -> Benchmark:
+    def make(kernel=(1.0, 2.0, 2.0), **baselines) -> Benchmark:
         def timed(forward_ms, backward_ms, factor):
             return lambda x: Doubling.apply(x, device, forward_ms, backward_ms, factor)
 
@@ -92,9 +89,11 @@ def toy(device):
             op="toy",
             shapes=(Shape("8×16", {"n_rows": 8, "n_cols": 16}, {"n_rows": 2, "n_cols": 16}),),
             inputs=lambda n_rows, n_cols, dtype, device: {"x": torch.ones(n_rows, n_cols, dtype=dtype)},
-            oracle=lambda x: 2 * x,
+            reference=lambda x: 2 * x,
             kernel=timed(*kernel),
-            peers=lambda: {name: peer if callable(peer) else timed(*peer) for name, peer in peers.items()},
+            baselines=lambda: {
+                name: variant if callable(variant) else timed(*variant) for name, variant in baselines.items()
+            },
             costs=lambda n_rows, n_cols, itemsize: (
                 Cost(2 * n_rows * n_cols * itemsize, n_rows * n_cols),
                 Cost(2 * n_rows * n_cols * itemsize, n_rows * n_cols),

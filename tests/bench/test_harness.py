@@ -18,10 +18,10 @@ approx = partial(pytest.approx, rel=1e-4)
 
 
 def by_key(rows):
-    return {(row.direction, row.peer): row for row in rows}
+    return {(row.pass_name, row.variant): row for row in rows}
 
 
-def test_each_direction_times_its_own_part(device, toy):
+def test_each_pass_times_its_own_part(device, toy):
     benchmark = toy(kernel=(1.0, 2.0, 2.0), eager=(5.0, 7.0, 2.0))
     rows = by_key(measure(benchmark, benchmark.shapes[0], BF16, device, seconds=0.05))
     times = {key: row.p50 for key, row in rows.items() if key[1] != "copy"}
@@ -49,14 +49,14 @@ def test_rows_say_what_was_measured_and_where(device, toy):
 def test_a_wrong_kernel_is_not_timed(device, toy):
     benchmark = toy(kernel=(1.0, 2.0, 2.1), eager=(5.0, 7.0, 2.0))
     rows = by_key(measure(benchmark, benchmark.shapes[0], BF16, device, seconds=0.05))
-    for direction in ("forward", "backward", "both"):
-        row = rows[direction, "triton"]
+    for pass_name in ("forward", "backward", "both"):
+        row = rows[pass_name, "triton"]
         assert (row.p20, row.p50, row.p80, row.percent) == (None,) * 4
         assert row.note.startswith("wrong: out0") and "dx" in row.note
-        assert rows[direction, "eager"].p50
+        assert rows[pass_name, "eager"].p50
 
 
-def test_a_peer_that_fails_is_noted_and_the_others_are_timed(device, toy):
+def test_a_variant_that_fails_is_noted_and_the_others_are_timed(device, toy):
     def refuses(x):
         raise RuntimeError("no such\nbackend")
 
@@ -71,7 +71,7 @@ def test_a_peer_that_fails_is_noted_and_the_others_are_timed(device, toy):
     assert rows["forward", "triton"].p50 == approx(1.0)
 
 
-def test_a_peer_that_fails_only_at_full_size_is_noted(device, toy):
+def test_a_variant_that_fails_only_at_full_size_is_noted(device, toy):
     benchmark = toy(big=lambda x: 2 * x if len(x) == 2 else (_ for _ in ()).throw(ValueError("too large")))
     rows = by_key(measure(benchmark, benchmark.shapes[0], BF16, device, seconds=0.05))
     assert rows["both", "big"].note == "failed: ValueError: too large"
@@ -96,7 +96,7 @@ def test_the_percentage_is_of_a_copy_of_the_same_bytes(device, toy, monkeypatch)
     assert set(copied) == {
         8 * 16 * 2,
         2 * 8 * 16 * 2,
-    }  # half of the bytes of a direction, and of both: a copy moves twice
+    }  # half of the bytes of a pass, and of both: a copy moves twice
     assert rows["both", "copy"].bytes == rows["both", "triton"].bytes
 
 
@@ -122,7 +122,7 @@ def test_bare_work_is_the_ceiling_where_it_is_given(device, toy):
     assert rows["both", "triton"].percent == approx(25.0)
 
 
-def test_peers_take_turns_after_the_warm_up(device):
+def test_variants_take_turns_after_the_warm_up(device):
     order = []
 
     def caller(name):
@@ -168,7 +168,7 @@ def test_the_device_is_held_until_a_slow_host_has_enqueued_the_call(device, toy)
 
     benchmark = toy(slow=slow)
     rows = by_key(measure(benchmark, benchmark.shapes[0], BF16, device, seconds=0.05))
-    assert [rows[direction, "slow"].p80 for direction in ("forward", "backward", "both")] == approx([1.0, 2.0, 3.0])
+    assert [rows[pass_name, "slow"].p80 for pass_name in ("forward", "backward", "both")] == approx([1.0, 2.0, 3.0])
     assert not any(row.note for row in rows.values())
     assert max(device.holds) == harness.HOLD_FACTOR * 5.0
 

@@ -9,9 +9,9 @@ from bench.results import Row, compare, folder, is_stale, moved, read, write
 from common import BadInput
 
 
-def row(peer="triton", p50=1.0, spread=0.05, **others) -> Row:
+def row(variant="triton", p50=1.0, spread=0.05, **others) -> Row:
     times = {"p20": p50 - spread, "p50": p50, "p80": p50 + spread}
-    return Row("gelu", "forward", peer, "8×16", "bfloat16", **times | others)
+    return Row("gelu", "forward", variant, "8×16", "bfloat16", **times | others)
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
@@ -29,14 +29,14 @@ def test_the_columns_are_flat_and_named(tmp_path):
     write(tmp_path / "gelu.csv", [row()])
     header = (tmp_path / "gelu.csv").read_text().splitlines()[0]
     assert header == (
-        "op,direction,peer,shape,dtype,p20,p50,p80,bytes,flops,percent,gpu,driver,torch,triton,commit,note"
+        "op,pass_name,variant,shape,dtype,p20,p50,p80,bytes,flops,percent,gpu,driver,torch,triton,commit,note"
     )
 
 
 def test_a_second_measurement_replaces_the_first_and_leaves_the_others(tmp_path):
     write(tmp_path / "gelu.csv", [row(p50=1.0), row("eager", p50=4.0)])
     write(tmp_path / "gelu.csv", [row(p50=2.0)])
-    assert {r.peer: r.p50 for r in read(tmp_path / "gelu.csv")} == {"triton": 2.0, "eager": 4.0}
+    assert {r.variant: r.p50 for r in read(tmp_path / "gelu.csv")} == {"triton": 2.0, "eager": 4.0}
 
 
 def test_two_gpus_may_share_a_file(tmp_path):
@@ -60,7 +60,7 @@ def test_nothing_to_read_is_bad_input(tmp_path):
 
 
 def test_what_moved_lies_outside_of_both_spreads():
-    before = [row(peer, spread=0.125) for peer in ("same", "touching", "slower", "faster", "gone", "failed")]
+    before = [row(variant, spread=0.125) for variant in ("same", "touching", "slower", "faster", "gone", "failed")]
     after = [
         row("same", p50=1.125, spread=0.125),
         row("touching", p50=1.25, spread=0.125),
@@ -69,7 +69,7 @@ def test_what_moved_lies_outside_of_both_spreads():
         row("new", p50=9.0),
         Row("gelu", "forward", "failed", "8×16", "bfloat16", note="failed"),
     ]
-    assert [b.peer for _, b in moved(before, after)] == ["slower", "faster"]
+    assert [b.variant for _, b in moved(before, after)] == ["slower", "faster"]
 
 
 def test_compare_prints_what_moved_and_fails_on_what_got_slower(tmp_path, capsys):
@@ -88,10 +88,10 @@ def test_a_gpu_has_a_folder(tmp_path):
     assert folder("NVIDIA H100 80GB HBM3", tmp_path) == tmp_path / "nvidia-h100-80gb-hbm3"
 
 
-def test_predictions_are_not_measured(tmp_path):
-    write(tmp_path / "predicted" / "roofline.csv", [row(note="predicted")])
+def test_all_that_was_measured(tmp_path):
     assert results.measured(tmp_path) == []
     write(tmp_path / "nvidia-fake-1" / "gelu.csv", [row()])
+    (tmp_path / "no-rows").mkdir()
     assert results.measured(tmp_path) == [row()]
 
 

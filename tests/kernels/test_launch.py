@@ -1,16 +1,12 @@
-"""What launches depend on: torch's settings of precision, and rows whose kernels keep to their registers."""
+"""What launches depend on: torch's settings of precision, dry runs and trials."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from kernels import cross_entropy, gelu, launch
-from tests.conftest import DEVICE, ROOT
+from tests.conftest import DEVICE
 
 MATMUL = torch.backends.cuda.matmul
 
@@ -60,72 +56,6 @@ def test_fp32_dots_do_what_torchs_matmuls_do():
             set_it()
             wanted = next((value for value in now.values() if value != "none"), "none")
             assert launch.fp32_dot_precision() == ("tf32" if wanted == "tf32" else "ieee"), names
-
-
-COMPILE = """
-import json, re
-from concurrent.futures import ThreadPoolExecutor
-from kernels import interpreter
-interpreter.choose("cuda")
-import torch
-from bench import capture, machine_code
-from kernels.attention import causal_attention
-from kernels.layer_norm import add_layer_norm
-
-def attention(capability, T, D, dtype, precision="ieee"):
-    torch.backends.cuda.matmul.fp32_precision = precision
-    with capture.trace(capability) as tracing:
-        leaves = [torch.empty(1, 2, T, D, dtype=getattr(torch, dtype), requires_grad=True) for _ in range(3)]
-        causal_attention(*leaves).sum().backward()
-    return tracing.launches
-
-def layer_norm(capability, width):
-    with capture.trace(capability) as tracing:
-        add_layer_norm(*(torch.empty(*shape, dtype=torch.bfloat16) for shape in 2 * [(8, width)] + 2 * [(width,)]))
-    return tracing.launches
-
-cases = {
-    "tf32": (90, attention(90, 64, 16, "float32", "tf32")),
-    "fp32": (90, attention(90, 64, 16, "float32")[:1]),
-    "bf16": (90, attention(90, 64, 16, "bfloat16", "tf32")[:1]),
-    "odd": (90, attention(90, 999, 33, "bfloat16")),
-    "wide": (120, attention(120, 999, 80, "float32")[:2]),
-    "widest": (90, layer_norm(90, 16383)),
-}
-
-def inspect(case, capability, noted):
-    specialised = capture.specialise(noted, capability)
-    ptx = specialised.compile().asm["ptx"]
-    n_rounded = len(re.findall(r"and.b32.*, -8192;", ptx))
-    return [case, noted.name, machine_code.read(specialised).spills, ".tf32.tf32" in ptx, n_rounded]
-
-with ThreadPoolExecutor(2) as pool:
-    variants = [(case, capability, noted) for case, (capability, launches) in cases.items() for noted in launches]
-    print(json.dumps(list(pool.map(lambda variant: inspect(*variant), variants))))
-"""
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[tuple[str, str, int, bool, int]]:
-    """Ahead of time, in a process that compiles: case, kernel, bytes of stack, whether it has TF32 products, and how
-    many instructions that put the last 13 bits to 0."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [tuple(line) for line in json.loads(done.stdout)]
-
-
-def test_operands_are_rounded_for_tf32_and_only_there(compiled):
-    by_case = {case: [line[3:] for line in compiled if line[0] == case] for case in ("tf32", "fp32", "bf16")}
-    assert [len(lines) for lines in by_case.values()] == [3, 1, 1]
-    assert all(has_tf32 and n_rounded for has_tf32, n_rounded in by_case["tf32"])
-    assert not any(has_tf32 or n_rounded for has_tf32, n_rounded in by_case["fp32"] + by_case["bf16"])
-
-
-def test_odd_lengths_and_head_dims_do_not_spill(compiled):
-    assert {case for case, *_ in compiled} > {"odd", "wide", "widest"}
-    assert [line for line in compiled if line[2]] == []
 
 
 def test_a_dry_run_lists_launches_and_writes_nothing():

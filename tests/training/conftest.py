@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ranks
 from model import llmc
 from tests.conftest import Run, command_line
+from tests.training import ranks
 from training import checkpoint, distributed, optim
 from training.log import RunLog
 

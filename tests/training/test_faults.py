@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import train
-from bench.chaos import chaos
 from data.loader import ShardLoader
 from data.shards import write_shard
 from model.gpt import GPT
 from tests.conftest import ROOT, Run, command_line, torchrun
+from tests.training.chaos import chaos
 from tests.training.conftest import after_each_step, everything_in, same_weights, weights_of
 from training import optim
 from training.distributed import RunStopped
@@ -368,7 +368,7 @@ def test_restarts_need_a_place(tiny, monkeypatch, capsys):
 
 
 def test_killed_at_random_moments(tmp_path):
-    """The short form of `python -m bench.chaos`."""
+    """The short form of `python -m tests.training.chaos`."""
     counts = chaos(tmp_path, kills=5, seed=3, n_ranks=2, zero_stage=1)
     assert counts["kills"] == 5 and counts["runs ended"] >= 1
     shutil.rmtree(tmp_path)

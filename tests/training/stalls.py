@@ -1,4 +1,4 @@
-"""`python -m bench.stalls`: what a checkpoint costs training, on this machine's CPU.
+"""`python -m tests.training.stalls`: what a checkpoint costs training, on this machine's CPU.
 
 A network of at least 100 million parameters is trained on one core, so that the background has another. Measured: a
 step without a save; a save that is waited for; how long a save that is not waited for holds up the loop, while memory
@@ -23,6 +23,7 @@ from training.checkpoint import Checkpoints, TrainState
 from training.config import Config
 from training.distributed import World
 from training.faults import UpdateGuard
+from training.step import autocast_to, training_step
 
 SHAPE = (2, 64)  # sequences and tokens of a step
 
@@ -47,10 +48,7 @@ def measure(model: str, saves: int, folder: Path, threads: int) -> dict[str, flo
 
     def step() -> float:
         started = time.perf_counter()
-        _, loss = gpt(*loader.next_batch(), return_logits=False)
-        loss.backward()
-        optim.clip_gradients(params.values(), 1.0)
-        optim.update(optimizer, scaler, accepted=True)
+        training_step(gpt, optimizer, [loader.next_batch()], autocast_to(torch.float32, device))
         state.step += 1
         return time.perf_counter() - started
 
@@ -84,7 +82,7 @@ def measure(model: str, saves: int, folder: Path, threads: int) -> dict[str, flo
 
 def main() -> None:
     """The command line; see the module."""
-    parser = argparse.ArgumentParser(prog="bench.stalls", description="What a checkpoint costs training.")
+    parser = argparse.ArgumentParser("python -m tests.training.stalls", description="What a checkpoint costs training.")
     parser.add_argument("--model", default="d12", choices=PRESETS, help="A preset (default: d12).")
     parser.add_argument("--saves", type=int, default=5, help="How many of each kind (default: 5).")
     parser.add_argument("--threads", type=int, default=1, help="That training uses (default: 1).")

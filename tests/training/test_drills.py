@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench import stalls, zero
 from model.gpt import GPTConfig
+from tests.training import stalls, zero
 
 SMALL = GPTConfig(block_size=64, vocab_size=1009, n_layer=3, n_head=4, n_embd=64)
 

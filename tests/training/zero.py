@@ -1,12 +1,12 @@
-"""`python -m bench.zero`: bytes that a rank holds at each ZeRO stage, measured, beside the ZeRO paper's formula.
+"""`python -m tests.training.zero`: bytes per rank at each ZeRO stage, measured, beside the paper's formula.
 
 One process plays each rank in turn, in a process group that computes nothing (torch's "fake" backend): it allocates,
 shards and frees exactly what that rank would, so that 8 ranks of a network fit where one does. Everything is fp32, and
 each kind is measured when all of it is there: parameters at the end of a forward pass, gradients at the end of the
 backward pass, AdamW's moments after the update.
 
-Rajbhandari et al. 2019 (https://arxiv.org/abs/1910.02054), section 5, for Ψ parameters on N ranks, with 4 bytes a
-parameter and a gradient and K = 8 for two moments: (4 + 4 + K)Ψ, then 4Ψ + 4Ψ + KΨ/N, 4Ψ + (4 + K)Ψ/N and
+Rajbhandari et al. 2019 (https://arxiv.org/abs/1910.02054), section 5, for Ψ parameters on N ranks, with 4 bytes per
+parameter and gradient and K = 8 for two moments: (4 + 4 + K)Ψ, then 4Ψ + 4Ψ + KΨ/N, 4Ψ + (4 + K)Ψ/N and
 (4 + 4 + K)Ψ/N. At stage 2, FSDP2 keeps the parameters in use beside the shard that AdamW updates, which is the paper's
 fp32 master copy, and so K = 12 there.
 """
@@ -33,7 +33,7 @@ class Held(NamedTuple):
     """Bytes on one rank."""
 
     parameters: int
-    """what the forward pass computes with, and at stage 2 the shards beside"""
+    """the forward pass's, and at stage 2 the shards beside them"""
     gradients: int
     moments: int
 
@@ -43,7 +43,7 @@ class Held(NamedTuple):
 
 
 def formula(n_params: int, zero_stage: int, ranks: int) -> float:
-    """The paper's bytes a rank; see the module."""
+    """The paper's bytes per rank; see the module."""
     whole, sharded = {0: (16, 0), 1: (8, 8), 2: (4, 16), 3: (0, 16)}[zero_stage]
     return n_params * (whole + sharded / ranks)
 
@@ -100,12 +100,10 @@ def rows(config: GPTConfig, ranks: Iterable[int] = RANKS) -> list[tuple[int, int
 
 def main() -> None:
     """The command line; see the module."""
-    parser = argparse.ArgumentParser(prog="bench.zero", description="Bytes a rank by ZeRO stage and ranks.")
+    parser = argparse.ArgumentParser("python -m tests.training.zero", description="Bytes per rank by ZeRO stage.")
     parser.add_argument("--model", default="d12", choices=PRESETS, help="A preset (default: d12).")
     args = parser.parse_args()
-    print(
-        f"{args.model}, fp32, MiB a rank: the mean of all ranks, by kind and in all, and the rank that holds the most\n"
-    )
+    print(f"{args.model}, fp32, MiB per rank: the mean of all ranks, by kind and in all, and the largest\n")
     head = ("stage", "ranks", "parameters", "gradients", "moments", "mean", "most", "formula", "mean/f.", "most/f.")
     lines = []
     for stage, n, ranks, paper in rows(PRESETS[args.model]):

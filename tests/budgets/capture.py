@@ -1,4 +1,4 @@
-"""What a call launches, seen from outside and without a GPU: resources, launches, memory and roofline build on it.
+"""What a call launches, seen from outside and without a GPU.
 
 The real code runs on fake tensors (shapes, strides and dtypes, no memory), so shapes are those of the real model and
 nothing is typed twice. A dispatch mode on top of them sees every operation of torch; an operation of ours is opened,

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import harness, peers
+from bench import baselines, harness
 from bench.harness import Shape
-from bench.suite import BENCHMARKS
+from bench.ops import BENCHMARKS
 from kernels.ops import Ops
 from tests.conftest import DEVICE
 
@@ -18,14 +18,16 @@ def test_every_op_of_the_table_is_timed():
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS, ids=[b.op for b in BENCHMARKS])
-def test_every_peer_is_right_and_timed(benchmark, device, monkeypatch, capsys):
+def test_every_variant_is_right_and_timed(benchmark, device, monkeypatch, capsys):
     monkeypatch.setattr(harness, "ROUNDS", (1, 1))
     monkeypatch.setattr(harness, "WARM_UP", 1)
     monkeypatch.setattr(device, "torch_device", torch.device(DEVICE))
-    monkeypatch.setattr(peers, "installed", lambda adapters: {})  # what libraries take, at what size, is theirs to say
+    monkeypatch.setattr(
+        baselines, "installed", lambda adapters: {}
+    )  # what libraries take, at what size, is theirs to say
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     sdpa = ["sdpa-math"]  # the others are CUDA's
-    monkeypatch.setattr(peers, "SDPA", {name: peers.SDPA[name] for name in sdpa})
+    monkeypatch.setattr(baselines, "SDPA", {name: baselines.SDPA[name] for name in sdpa})
     for shape in benchmark.shapes:
         assert set(shape.small) == set(shape.sizes)
         assert all(shape.small[k] <= v for k, v in shape.sizes.items())
@@ -34,8 +36,8 @@ def test_every_peer_is_right_and_timed(benchmark, device, monkeypatch, capsys):
     assert [row.note for row in rows if row.note] == []
     assert all(row.p50 and row.percent for row in rows)
     expected = {"triton", "eager", "compile", "compile max-autotune", benchmark.ceiling}
-    assert {row.peer for row in rows} >= (expected | set(sdpa) if benchmark.op == "attention" else expected)
-    assert {row.direction for row in rows} == {"forward", "backward", "both"}
+    assert {row.variant for row in rows} >= (expected | set(sdpa) if benchmark.op == "attention" else expected)
+    assert {row.pass_name for row in rows} == {"forward", "backward", "both"}
     cli._show(rows)
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
 

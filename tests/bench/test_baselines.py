@@ -1,5 +1,6 @@
-"""Every peer's adapter: torch's on small shapes, the libraries' on stand-ins with their signatures."""
+"""Every baseline's adapter: torch's on small shapes, the libraries' on stand-ins with their signatures."""
 
+import contextlib
 import importlib.util
 import sys
 import types
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import peers
+from bench import baselines
 from kernels import accuracy, eager
 
 
@@ -16,10 +17,10 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_like(peer, oracle, inputs, n_outputs_grad=None):
+def assert_like(baseline, reference, inputs):
     with torch.no_grad():
-        out = oracle(*inputs.values())
-    comparisons = accuracy.compare_op(peer, oracle, inputs, [torch.ones_like(out)])
+        out = reference(*inputs.values())
+    comparisons = accuracy.compare_op(baseline, reference, inputs, [torch.ones_like(out)])
     assert comparisons and all(c.ok for c in comparisons), comparisons
 
 
@@ -47,7 +48,7 @@ HEAD = {"hidden": normal(6, 8), "weight": normal(11, 8, seed=1), "targets": LOGI
 QKV = {"qkv": normal(2, 9, 3 * 16), "n_head": 2}
 
 
-def test_compiled_peers_are_the_function(monkeypatch):
+def test_compiled_baselines_are_the_function(monkeypatch):
     options = []
 
     def compile(function, **given):
@@ -55,14 +56,13 @@ def test_compiled_peers_are_the_function(monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
-    made = peers.compiled(eager.gelu)
-    assert list(made) == ["compile", "compile max-autotune"]
+    made = baselines.of(eager.gelu)
+    assert list(made) == ["eager", "compile", "compile max-autotune"]
     assert options == [{"dynamic": False}, {"dynamic": False, "mode": "max-autotune-no-cudagraphs"}]
-    for peer in made.values():
-        assert_like(peer, eager.gelu, {"x": normal(5, 7)})
+    assert set(made.values()) == {eager.gelu}
 
 
-def test_compiled_peers_trace_without_a_break():
+def test_compiled_baselines_trace_without_a_break():
     for function, inputs in (
         (eager.gelu, {"x": normal(5, 7)}),
         (
@@ -82,27 +82,27 @@ def test_each_sdpa_backend_is_forced(monkeypatch):
 
     def record(backend):
         entered.append(backend)
-        return __import__("contextlib").nullcontext()
+        return contextlib.nullcontext()
 
-    monkeypatch.setattr(peers, "sdpa_kernel", record)
-    for name, peer in peers.sdpa().items():
+    monkeypatch.setattr(baselines, "sdpa_kernel", record)
+    for name, baseline in baselines.sdpa().items():
         entered.clear()
-        assert_like(peer, eager.attention, QKV)
-        assert set(entered) == {peers.SDPA[name]}
-    assert len(set(peers.SDPA.values())) == 4
+        assert_like(baseline, eager.attention, QKV)
+        assert set(entered) == {baselines.SDPA[name]}
+    assert len(set(baselines.SDPA.values())) == 4
 
 
 def test_math_really_runs_under_its_name():
-    assert_like(peers.sdpa()["sdpa-math"], eager.attention, QKV)
+    assert_like(baselines.sdpa()["sdpa-math"], eager.attention, QKV)
 
 
 def test_torch_gelu():
-    assert_like(peers.torch_gelu, eager.gelu, {"x": normal(5, 7)})
+    assert_like(baselines.torch_gelu, eager.gelu, {"x": normal(5, 7)})
 
 
 def test_three_matmuls_are_those_of_the_head():
     hidden, weight = (tensor.clone().requires_grad_() for tensor in (HEAD["hidden"], HEAD["weight"]))
-    out = peers.three_matmuls(hidden, weight, HEAD["targets"])
+    out = baselines.three_matmuls(hidden, weight, HEAD["targets"])
     logits = hidden.detach() @ weight.detach().t()
     assert out.shape == () and out == logits[0, 0]
     out.backward()
@@ -110,15 +110,10 @@ def test_three_matmuls_are_those_of_the_head():
     torch.testing.assert_close(weight.grad, logits.t() @ hidden.detach())
 
 
-def test_what_is_not_installed_is_left_out(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    names = ("liger", "flash-attn deterministic", "quack", "cce")
-    assert peers.installed({name: lambda: 1 / 0 for name in names}) == {}
-
-
-def test_what_is_installed_is_made(monkeypatch):
+def test_only_installed_libraries_are_made(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", {"liger_kernel": "a module"}.get)
-    assert peers.installed({"liger": lambda: "made", "quack": lambda: 1 / 0}) == {"liger": "made"}
+    adapters = {"liger": lambda: "made"} | dict.fromkeys(("flash-attn deterministic", "quack", "cce"), lambda: 1 / 0)
+    assert baselines.installed(adapters) == {"liger": "made"}
 
 
 def test_liger_layer_norm(stand_in):
@@ -128,46 +123,21 @@ def test_liger_layer_norm(stand_in):
             return F.layer_norm(X, W.shape, W, B, eps)
 
     stand_in("liger_kernel.ops.layer_norm", LigerLayerNormFunction=LigerLayerNormFunction)
-    assert_like(peers.liger_layer_norm(), eager.layer_norm, LAYER_NORM)
+    assert_like(baselines.liger_layer_norm(), eager.layer_norm, LAYER_NORM)
 
 
 def test_liger_cross_entropy_keeps_the_logits_of_the_caller(stand_in):
-    class Overwriting(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, target, ignore_index):
-            loss = F.cross_entropy(x, target, ignore_index=ignore_index)
-            with torch.enable_grad():
-                leaf = x.detach().clone().requires_grad_()
-                (dx,) = torch.autograd.grad(F.cross_entropy(leaf, target, ignore_index=ignore_index), leaf)
-            x.copy_(dx)
-            ctx.save_for_backward(x.detach())
-            return loss
-
-        @staticmethod
-        def backward(ctx, dloss):
-            return ctx.saved_tensors[0] * dloss, None, None
-
     def liger_cross_entropy(
         input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"
     ):
-        return Overwriting.apply(input, target, ignore_index)
+        loss = F.cross_entropy(input.clone(), target, ignore_index=ignore_index)
+        input.data.zero_()
+        return loss
 
     stand_in("liger_kernel.transformers.functional", liger_cross_entropy=liger_cross_entropy)
     logits = LOGITS["logits"].clone()
-    assert_like(peers.liger_cross_entropy(), eager.cross_entropy, LOGITS | {"logits": logits})
+    assert_like(baselines.liger_cross_entropy(), eager.cross_entropy, LOGITS | {"logits": logits})
     assert torch.equal(logits, LOGITS["logits"])
-
-
-def linear(hidden, weight, targets, ignore_index):
-    return F.cross_entropy(hidden @ weight.t(), targets, ignore_index=ignore_index)
-
-
-def test_liger_head(stand_in):
-    def liger_fused_linear_cross_entropy(input, weight, target, bias=None, ce_weight=None, ignore_index=-100):
-        return linear(input, weight, target, ignore_index)
-
-    stand_in("liger_kernel.transformers.functional", liger_fused_linear_cross_entropy=liger_fused_linear_cross_entropy)
-    assert_like(peers.liger_linear_cross_entropy(), eager.linear_cross_entropy, HEAD)
 
 
 def test_quack_layer_norm(stand_in):
@@ -183,36 +153,41 @@ def test_quack_layer_norm(stand_in):
         return dx, (dout * x_hat).sum(0), dout.sum(0)
 
     stand_in("quack.rmsnorm", layernorm_fwd=layernorm_fwd, layernorm_bwd=layernorm_bwd)
-    assert_like(peers.quack_layer_norm(), eager.layer_norm, LAYER_NORM)
+    assert_like(baselines.quack_layer_norm(), eager.layer_norm, LAYER_NORM)
 
 
-def test_quack_cross_entropy_and_head(stand_in):
+def test_quack_cross_entropy(stand_in):
     def cross_entropy(
         x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="mean", inplace_backward=False
     ):
         return F.cross_entropy(x, target, ignore_index=ignore_index)
 
-    def chunked_linear_cross_entropy(
-        x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True
-    ):
+    stand_in("quack.cross_entropy", cross_entropy=cross_entropy)
+    assert_like(baselines.CROSS_ENTROPY["quack"](), eager.cross_entropy, LOGITS)
+
+
+def test_heads(stand_in):
+    def linear(hidden, weight, targets, ignore_index):
+        return F.cross_entropy(hidden @ weight.t(), targets, ignore_index=ignore_index)
+
+    def liger(input, weight, target, bias=None, ce_weight=None, ignore_index=-100):
+        return linear(input, weight, target, ignore_index)
+
+    def quack(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True):
         return linear(x, weight, target, ignore_index)
 
-    stand_in("quack.cross_entropy", cross_entropy=cross_entropy)
-    stand_in("quack.linear_cross_entropy", chunked_linear_cross_entropy=chunked_linear_cross_entropy)
-    assert_like(peers.quack_cross_entropy(), eager.cross_entropy, LOGITS)
-    assert_like(peers.quack_linear_cross_entropy(), eager.linear_cross_entropy, HEAD)
-
-
-def test_cce_head(stand_in):
-    def linear_cross_entropy(e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False):
+    def cce(e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False):
         return linear(e, c, targets, ignore_index)
 
-    stand_in("cut_cross_entropy", linear_cross_entropy=linear_cross_entropy)
-    assert_like(peers.cce_linear_cross_entropy(), eager.linear_cross_entropy, HEAD)
+    stand_in("liger_kernel.transformers.functional", liger_fused_linear_cross_entropy=liger)
+    stand_in("quack.linear_cross_entropy", chunked_linear_cross_entropy=quack)
+    stand_in("cut_cross_entropy", linear_cross_entropy=cce)
+    for make in baselines.LINEAR_CROSS_ENTROPY.values():
+        assert_like(make(), eager.linear_cross_entropy, HEAD)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_flash_attention(stand_in, deterministic):
+@pytest.mark.parametrize(("name", "deterministic"), [("flash-attn", False), ("flash-attn deterministic", True)])
+def test_flash_attention(stand_in, name, deterministic):
     asked = []
 
     def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
@@ -222,5 +197,5 @@ def test_flash_attention(stand_in, deterministic):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     stand_in("flash_attn", flash_attn_qkvpacked_func=flash_attn_qkvpacked_func)
-    assert_like(peers.flash_attention(deterministic), eager.attention, QKV)
+    assert_like(baselines.ATTENTION[name](), eager.attention, QKV)
     assert set(asked) == {deterministic}

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import capture
-from bench.capture import Tensor, trace
 from kernels import launch
 from kernels.gelu import gelu
+from tests.budgets import capture
+from tests.budgets.capture import Tensor, trace
 
 BF16 = torch.bfloat16
 

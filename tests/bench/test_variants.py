@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from bench import harness, step
+from bench import harness, variants
 from model.gpt import GPTConfig
 from tests.conftest import needs_interpreter
 
@@ -16,34 +16,34 @@ TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=1, n_head=2, n_embd=32)
 @pytest.fixture
 def steps(device, monkeypatch):
     """Measure variants of a tiny network, each step of which takes 7 ms."""
-    monkeypatch.setitem(step.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(variants.PRESETS, "tiny", TINY)
     monkeypatch.setattr(harness, "ROUNDS", (2, 2))
     monkeypatch.setattr(harness, "WARM_UP", 1)
-    original = step.training_step
+    original = variants.training_step
 
     def timed(*args):
         device.pass_time(7.0)
         return original(*args)
 
-    monkeypatch.setattr(step, "training_step", timed)
+    monkeypatch.setattr(variants, "training_step", timed)
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="eager", **options))
 
-    def measure(*variants, **options):
-        return step.measure("tiny", (2, 8), torch.float32, device, variants, seconds=0.05, **options)
+    def measure(*names, **options):
+        return variants.measure("tiny", (2, 8), torch.float32, device, names, seconds=0.05, **options)
 
     return measure
 
 
 @needs_interpreter  # test_gpu.py times them on a GPU
 def test_every_variant_makes_steps(steps, monkeypatch):
-    monkeypatch.setattr(step, "PASSES", 1)
-    rows = {row.peer: row for row in steps(*step.VARIANTS) if row.op == "step"}
-    assert list(rows) == list(step.VARIANTS)
+    monkeypatch.setattr(variants, "PASSES", 1)
+    rows = {row.variant: row for row in steps(*variants.VARIANTS) if row.op == "step"}
+    assert list(rows) == list(variants.VARIANTS)
     for row in rows.values():
         assert row.p50 == pytest.approx(7.0, rel=1e-4), row.note
         assert (row.shape, row.dtype, row.note) == ("tiny 2×8", "float32", "peak 25.0 GB")
-        assert row.flops == step.flops_per_token(TINY, 8) * 16
+        assert row.flops == variants.flops_per_token(TINY, 8) * 16
 
 
 def test_the_mfu_is_of_the_peak_of_the_gpu(steps, device):
@@ -53,23 +53,23 @@ def test_the_mfu_is_of_the_peak_of_the_gpu(steps, device):
 
 
 def test_a_variant_that_does_not_fit_is_noted(steps, monkeypatch):
-    original = step.build
+    original = variants.build
 
     def build(variant, *args):
         if variant.backend == "sdpa":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(variant, *args)
 
-    monkeypatch.setattr(step, "build", build)
-    rows = {row.peer: row for row in steps("eager", "eager + SDPA") if row.op == "step"}
-    assert (rows["eager + SDPA"].p50, rows["eager + SDPA"].note) == (None, "out of memory")
+    monkeypatch.setattr(variants, "build", build)
+    rows = {row.variant: row for row in steps("eager", "sdpa") if row.op == "step"}
+    assert (rows["sdpa"].p50, rows["sdpa"].note) == (None, "out of memory")
     assert rows["eager"].p50
 
 
 def test_one_network_is_alive_at_a_time(steps, monkeypatch):
     """That of a variant that fails too, which does not stop the others and is not built again."""
     alive, most_alive = weakref.WeakSet(), []
-    network, training_step = step.GPT, step.training_step
+    network, training_step = variants.GPT, variants.training_step
 
     def counted(*args):
         gpt = network(*args)
@@ -77,21 +77,21 @@ def test_one_network_is_alive_at_a_time(steps, monkeypatch):
         most_alive.append(len(alive))
         return gpt
 
-    def out_of_memory(model, gpt, *args):
-        if gpt.ops is step.EAGER_SDPA:
+    def out_of_memory(model, *args):
+        if getattr(model, "_orig_mod", model).ops is variants.SDPA:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return training_step(model, gpt, *args)
+        return training_step(model, *args)
 
-    monkeypatch.setattr(step, "GPT", counted)
-    monkeypatch.setattr(step, "training_step", out_of_memory)
-    rows = {row.peer: row for row in steps("eager", "eager + SDPA", "compile") if row.op == "step"}
-    assert most_alive == [1] * (2 * step.PASSES + 1) and not alive
-    assert (rows["eager + SDPA"].p50, rows["eager + SDPA"].note) == (None, "out of memory")
-    assert [rows[name].p50 for name in ("eager", "compile")] == pytest.approx([7.0, 7.0], rel=1e-4)
+    monkeypatch.setattr(variants, "GPT", counted)
+    monkeypatch.setattr(variants, "training_step", out_of_memory)
+    rows = {row.variant: row for row in steps("eager", "sdpa", "eager + compile") if row.op == "step"}
+    assert most_alive == [1] * (2 * variants.PASSES + 1) and not alive
+    assert (rows["sdpa"].p50, rows["sdpa"].note) == (None, "out of memory")
+    assert [rows[name].p50 for name in ("eager", "eager + compile")] == pytest.approx([7.0, 7.0], rel=1e-4)
 
 
 def test_a_drift_of_the_clock_meets_every_variant(steps, device, monkeypatch):
-    original = step.build
+    original = variants.build
     built = []
 
     def slower(*args):
@@ -99,13 +99,13 @@ def test_a_drift_of_the_clock_meets_every_variant(steps, device, monkeypatch):
         make_step = original(*args)
         return lambda: device.pass_time(7.0 if len(built) > 2 else 0.0) or make_step()
 
-    monkeypatch.setattr(step, "build", slower)
-    rows = [row for row in steps("eager", "eager + SDPA") if row.op == "step"]
+    monkeypatch.setattr(variants, "build", slower)
+    rows = [row for row in steps("eager", "sdpa") if row.op == "step"]
     assert [(row.p20, row.p50, row.p80) for row in rows] == [pytest.approx((7.0, 10.5, 14.0), rel=1e-4)] * 2
 
 
 def test_a_variant_that_fails_late_has_no_time(steps, monkeypatch):
-    original = step.build
+    original = variants.build
     built = []
 
     def build(*args):
@@ -114,66 +114,50 @@ def test_a_variant_that_fails_late_has_no_time(steps, monkeypatch):
             raise RuntimeError("no luck")
         return original(*args)
 
-    monkeypatch.setattr(step, "build", build)
+    monkeypatch.setattr(variants, "build", build)
     (row,) = steps("eager")
     assert (row.p50, row.note) == (None, "failed: RuntimeError: no luck")
 
 
-def test_every_variant_fits_80_gb_at_the_smaller_batch_and_not_at_the_next():
-    """Eager has more alive than SDPA and than our kernels. A tenth is for the driver and what is cut in pieces."""
-    large, small = step.BATCH_SIZES
-    peaks = [step.trace_step(step.PRESETS["d12"], step.EAGER, B).peak_bytes for B in (small, 2 * small)]
-    assert peaks[0] < 72e9 < peaks[1] and large > small
-
-
 def test_what_no_kernel_accounts_for_is_idle(steps, tmp_path):
     rows = steps("eager", chrome_trace=tmp_path / "trace.json")
-    parts = {row.direction: row.p50 for row in rows if row.op == "step part"}
-    assert list(parts) == [*(part for part, _ in step.KERNEL_PARTS), "idle"]
+    parts = {row.pass_name: row.p50 for row in rows if row.op == "step part"}
+    assert list(parts) == [*variants.PARTS, "idle"]
     assert parts["idle"] == pytest.approx(7.0, rel=1e-4)  # a CPU has no GPU kernels
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
 @pytest.mark.parametrize(
-    ("kernel", "part"),
+    ("name", "part"),
     [
+        ("aten::addmm", "matmul"),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_bias_TNT", "matmul"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmul"),
         ("ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn", "matmul"),
         ("_attention_fwd_kernel", "attention"),
-        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, cutlass::bfloat16_t>>", "attention"),
+        ("aten::_softmax", "attention"),
+        ("void (anonymous namespace)::softmax_warp_forward<float, float, float, 10, false, false>", "attention"),
+        ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float, SoftMaxForwardEpilogue>", "attention"),
         ("_layer_norm_bwd_kernel", "norm"),
+        ("aten::native_layer_norm_backward", "norm"),
         ("void at::native::vectorized_layer_norm_kernel<float, float>", "norm"),
         ("void at::native::GammaBetaBackwardCUDAKernelTemplate<float>", "norm"),
         ("_gelu_fwd_kernel", "GELU"),
+        ("aten::tanh_backward", "GELU"),
         ("_linear_cross_entropy_kernel", "loss"),
-        ("void (anonymous namespace)::cunn_SoftMaxForward<8, float>", "loss"),
+        ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<8, float, LogSoftMaxForwardEpilogue>", "loss"),
+        ("aten::_log_softmax", "loss"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::embedding_dense_backward", "embedding"),
+        ("aten::sum", "bias gradients"),
+        ("aten::_to_copy", "copies and casts"),
         ("Memcpy DtoD (Device -> Device)", "copies and casts"),
         ("void at::native::unrolled_elementwise_kernel<direct_copy_kernel_cuda>", "copies and casts"),
         ("void at::native::reduce_kernel<128, 4>", "other"),
+        ("aten::add", "other"),
     ],
 )
-def test_kernels_belong_to_parts(kernel, part):
-    assert step.kernel_part(kernel) == part
-
-
-def test_the_step_is_that_of_the_training_loop():
-    """The same loss and weights as plain calls of autograd and AdamW."""
-    from kernels.ops import EAGER
-    from model.gpt import GPT
-    from training import optim
-    from training.config import Config
-
-    x, y = (torch.randint(0, 61, (2, 8), generator=torch.Generator().manual_seed(s)) for s in (1, 2))
-    ours, plain = GPT(TINY, EAGER), GPT(TINY, EAGER)
-    of_ours, of_plain = (optim.build(gpt, Config(learning_rate=1e-2, weight_decay=0.1)) for gpt in (ours, plain))
-    for _ in range(2):
-        loss = step.training_step(ours, ours, of_ours, x, y, torch.float32)
-        _, expected = plain(x, y, return_logits=False)
-        expected.backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        of_plain.step()
-        of_plain.zero_grad()
-        assert loss == expected
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+def test_names_belong_to_parts(name, part):
+    assert variants.part_of(name) == part

@@ -1,69 +1,22 @@
-"""`python -m bench step`: one training step, with train.py's calls; timed on a GPU, counted on fake tensors."""
+"""The training step, as train.py makes it, in every variant that is timed, and the parts that its time goes to."""
 
 import gc
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from bench import capture
+from bench import baselines
 from bench.harness import Device, in_a_line, percentile, provenance, time_in_turns
-from bench.results import Row
-from kernels import ops as table_of_ops
-from kernels.ops import EAGER, EAGER_SDPA, Ops
+from bench.results import OURS, Row
+from kernels.ops import EAGER, SDPA, Ops, triton_ops
 from model.gpt import GPT, PRESETS, GPTConfig
 from training import optim
 from training.config import Config
 from training.flops import flops_per_token, peak_flops
-
-
-def training_step(
-    model: Callable, gpt: GPT, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Forward, backward, clip and update.
-
-    Args:
-        model: `gpt`, or what torch.compile made of it.
-        gpt: whose parameters are updated.
-        optimizer: from `optim.build`.
-        x: (B, T) int64 token ids.
-        y: (B, T) int64, what comes after each.
-        dtype: of the matrix products; below fp32 by autocast.
-
-    Returns:
-        () the loss.
-    """
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        _, loss = model(x, y, return_logits=False)
-    loss.backward()
-    optim.clip_gradients(gpt.parameters(), 1.0)
-    optim.update(optimizer, torch.amp.GradScaler(enabled=False), accepted=True)
-    return loss.detach()
-
-
-def trace_step(
-    config: GPTConfig,
-    ops: Ops,
-    batch_size: int = 64,
-    sequence_length: int = 1024,
-    dtype: torch.dtype = torch.bfloat16,
-    capability: int = 90,
-    recompute: int = 0,
-) -> capture.Trace:
-    """What the second training step of a network launches; the first makes the optimizer's state."""
-    gpt = GPT(config, ops, init=False)
-    gpt.set_recompute(recompute)
-    with capture.trace(capability) as tracing:
-        capture.fake_parameters(gpt)
-        optimizer = optim.build(gpt, Config(learning_rate=1e-4, weight_decay=0.1))
-        x, y = (torch.empty(batch_size, sequence_length, dtype=torch.int64) for _ in range(2))
-        training_step(gpt, gpt, optimizer, x, y, dtype)
-        tracing.restart()
-        training_step(gpt, gpt, optimizer, x, y, dtype)
-    return tracing
+from training.step import autocast_to, training_step
 
 
 def shape_name(preset: str, tokens: tuple[int, int]) -> str:
@@ -71,31 +24,40 @@ def shape_name(preset: str, tokens: tuple[int, int]) -> str:
     return f"{preset} {tokens[0]}×{tokens[1]}"
 
 
+BACKENDS: dict[str, Callable[[str], Ops]] = {
+    "eager": lambda device_type: EAGER,
+    "sdpa": lambda device_type: SDPA,
+    "sdpa + F.gelu": lambda device_type: SDPA._replace(gelu=baselines.torch_gelu),
+    OURS: triton_ops,
+}
+"""tables of ops by name, for what is timed and for what tests/budgets counts; from the type of the device"""
+
+
 class Variant(NamedTuple):
     """One way to make the step."""
 
     backend: str
-    """eager, sdpa or triton"""
+    """a name in BACKENDS"""
     compiled: bool = False
     graphed: bool = False
 
 
 VARIANTS = {
-    "triton": Variant("triton"),
-    "triton + compile": Variant("triton", compiled=True),
-    "triton + CUDA graph": Variant("triton", graphed=True),
+    OURS: Variant(OURS),
+    f"{OURS} + compile": Variant(OURS, compiled=True),
+    f"{OURS} + CUDA graph": Variant(OURS, graphed=True),
     "eager": Variant("eager"),
-    "eager + SDPA": Variant("sdpa"),
-    "compile": Variant("eager", compiled=True),
-    "compile + SDPA": Variant("sdpa", compiled=True),
+    "sdpa": Variant("sdpa"),
+    "sdpa + F.gelu": Variant("sdpa + F.gelu"),
+    "eager + compile": Variant("eager", compiled=True),
+    "sdpa + compile": Variant("sdpa", compiled=True),
 }
 
 
 def build(variant: Variant, config: GPTConfig, tokens: tuple[int, int], dtype: torch.dtype, device: Device) -> Callable:
     """A network of its own, ready for its next step: a function without arguments that makes one."""
     where = device.torch_device
-    ops = {"eager": EAGER, "sdpa": EAGER_SDPA}.get(variant.backend) or table_of_ops.triton_ops(where.type)
-    gpt = GPT(config, ops).to(where)
+    gpt = GPT(config, BACKENDS[variant.backend](where.type)).to(where)
     optimizer = optim.build(gpt, Config(learning_rate=1e-4, weight_decay=0.1))
     for group in optimizer.param_groups:
         group["capturable"] = variant.graphed and where.type == "cuda"
@@ -104,7 +66,7 @@ def build(variant: Variant, config: GPTConfig, tokens: tuple[int, int], dtype: t
     x, y = (torch.randint(0, config.vocab_size, tokens, generator=generator, device=where) for _ in range(2))
 
     def make_step() -> torch.Tensor:
-        return training_step(model, gpt, optimizer, x, y, dtype)
+        return training_step(model, optimizer, [(x, y)], autocast_to(dtype, where))
 
     return device.capture(make_step) if variant.graphed else make_step
 
@@ -147,7 +109,7 @@ def measure(
 
     def time_variant(name: str, last: bool) -> None:
         """Everything that the variant needs lives in this frame."""
-        before, _ = device.allocated(), device.peak_bytes()
+        device.peak_bytes()
         make_step = build(VARIANTS[name], config, tokens, dtype, device)
 
         def call(i: int) -> tuple:
@@ -157,7 +119,7 @@ def measure(
 
         share = seconds / PASSES / len(variants)
         timed, failures = time_in_turns(device, {name: call}, share, hold=False)  # a step's time has the host's in it
-        notes[name] = failures.get(name, f"peak {(device.peak_bytes() - before) / 1e9:.1f} GB")
+        notes[name] = failures.get(name, f"peak {device.peak_bytes() / 1e9:.1f} GB")
         times[name] = times[name] + timed[name] if name in timed else []
         if last and name in timed:
             trace_file = None if parts else chrome_trace
@@ -180,7 +142,7 @@ def measure(
     for name in variants:
         row = Row("step", "both", name, shape, dtype_name, flops=flops, note=notes[name], **provenance(device))
         for part, milliseconds in parts.get(name, {}).items():
-            rows.append(row.with_(op="step part", direction=part, p50=milliseconds))
+            rows.append(row.with_(op="step part", pass_name=part, p50=milliseconds))
         if times[name]:
             row = row.with_(**{f"p{percent}": percentile(times[name], percent) for percent in (20, 50, 80)})
             row = row.with_(percent=1e5 * flops / row.p50 / peak if peak else None)
@@ -188,28 +150,31 @@ def measure(
     return rows
 
 
-KERNEL_PARTS = (
-    ("matmul", r"gemm|cutlass|nvjet|xmma|cublas|splitK|matmul|_mm_"),
-    ("attention", r"flash|fmha|attention|attn"),
-    ("norm", r"layer_?norm|GammaBeta|rowwise_?moments"),
-    ("GELU", r"gelu|tanh|pow_"),
-    ("loss", r"cross_entropy|soft_?max|nll|_mean_kernel"),
-    ("optimizer", r"adam|multi_tensor|lpnorm|foreach"),
-    ("copies and casts", r"copy|memcpy|memset|cat_?array|fill|_to_copy"),
-    ("other", r""),
-)
-"""what a kernel belongs to, by the name that the profiler gives it; the first that fits"""
+PARTS = {
+    "attention": r"flash|fmha|attention|attn|masked_fill|triu|softmax_warp|aten::_softmax|\bSoftMax(For|Back)wardEpi",
+    "matmul": r"aten::(mm|addmm|bmm|baddbmm)$|gemm|cutlass|nvjet|xmma|cublas|splitK|matmul|_mm_",
+    "loss": r"cross_entropy|soft_?max|nll|_mean_kernel",
+    "norm": r"layer_?norm|GammaBeta|rowwise_?moments",
+    "GELU": r"gelu|tanh|pow",
+    "optimizer": r"adam|multi_tensor|lpnorm|foreach|clip",
+    "embedding": r"embedding|compute_grad_weight",
+    "bias gradients": r"aten::sum$|reduce_kernel.*sum",
+    "copies and casts": r"copy|memcpy|memset|\bcat\b|cat_?array|clone|aten::(zeros|ones)|fill",
+    "other": r"",
+}
+"""parts of a step by the names of torch's operations, of our kernels and of kernels as the profiler gives them; of the
+patterns that fit, the first holds"""
 
 
-def kernel_part(name: str) -> str:
-    """Which of KERNEL_PARTS a kernel belongs to."""
-    return next(part for part, pattern in KERNEL_PARTS if re.search(pattern, name, re.IGNORECASE))
+def part_of(name: str) -> str:
+    """Which of PARTS a kernel or operation belongs to."""
+    return next(part for part, pattern in PARTS.items() if re.search(pattern, name, re.IGNORECASE))
 
 
 def where_time_goes(
     make_step: Callable, milliseconds: float, device: Device, chrome_trace: Path | None = None
 ) -> dict[str, float]:
-    """Milliseconds of a step by KERNEL_PARTS, from torch.profiler; what is left of the step's own time is idle."""
+    """Milliseconds of a step by PARTS, from torch.profiler; what is left of the step's own time is idle."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.torch_device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -218,9 +183,9 @@ def where_time_goes(
         device.milliseconds(device.mark(), device.mark())
     if chrome_trace:
         profile.export_chrome_trace(str(chrome_trace))
-    parts = Counter({part: 0.0 for part, _ in KERNEL_PARTS})
+    parts = dict.fromkeys(PARTS, 0.0)
     for event in profile.events():
         # What is merely annotated spans kernels that are counted by themselves.
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            parts[kernel_part(event.name)] += event.device_time_total / 1e3
-    return dict(parts) | {"idle": max(milliseconds - sum(parts.values()), 0.0)}
+            parts[part_of(event.name)] += event.device_time_total / 1e3
+    return parts | {"idle": max(milliseconds - sum(parts.values()), 0.0)}

@@ -1,9 +1,9 @@
-"""`python -m bench.chaos`: kill -9 at random moments, and see that nothing is lost.
+"""`python -m tests.training.chaos`: kill -9 at random moments, and see that nothing is lost.
 
 A tiny network is trained on gloo ranks. Again and again one rank, or all of them, are killed: while they start, in a
-step, or inside a save. After each kill every checkpoint that can be seen has to be whole, the ranks that were left have
-to end by themselves and say who is gone, and `--resume auto` has to go on from the newest. A run that reaches its end
-has to have the log and the weights, bit for bit, of one that was never killed. The moments are drawn from a seed.
+step, or inside a save. After each kill every visible checkpoint has to be intact, the remaining ranks have to end by
+themselves and say who is gone, and `--resume auto` has to resume from the newest. The log and the weights of a run that
+reaches its end have to be bitwise identical to those of one that was never killed. The moments are drawn from a seed.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import ranks
 from data.shards import write_shard
 from model.gpt import GPT, GPTConfig
 from model.llmc import write_model
+from tests.training import ranks
 from training import checkpoint
 
 STEPS = 60
@@ -130,7 +130,7 @@ def _lines(run: Path) -> int:
 
 def main() -> None:
     """The command line; see the module."""
-    parser = argparse.ArgumentParser(prog="bench.chaos", description="kill -9 at random moments, and compare.")
+    parser = argparse.ArgumentParser("python -m tests.training.chaos", description="Kill -9 at random moments.")
     parser.add_argument("--kills", type=int, default=50, help="How many (default: 50).")
     parser.add_argument("--seed", type=int, default=1, help="Of the moments (default: 1).")
     parser.add_argument("--ranks", type=int, default=2, help="How many gloo ranks (default: 2).")

@@ -1,0 +1,27 @@
+"""What the tests of budgets share: a process that compiles, and the traced steps."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.budgets import step
+from tests.budgets.resources import Resources, from_json
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="session")
+def compiled() -> list[Resources]:
+    """Every kernel, compiled in a process of its own: this one may interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.budgets.resources"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return from_json(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def steps() -> dict[str, step.Counted]:
+    """A training step by backend."""
+    return step.count_steps()

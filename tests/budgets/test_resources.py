@@ -1,0 +1,112 @@
+"""Compiled for three chips without a GPU, every kernel keeps to its registers and multiplies as the chip does best."""
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import kernels
+from bench import machine_code
+from bench.chips import CHIPS, occupancy
+from bench.ops import VOCABULARY
+from tests.budgets import resources, step
+
+ROW_KERNELS = {
+    *("_gelu_fwd_kernel", "_gelu_bwd_kernel", "_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel"),
+    *("_embedding_fwd_kernel", "_linear_cross_entropy_kernel"),
+}
+"""that move rows whose width allows 128 bits"""
+
+
+@pytest.fixture(scope="module")
+def of_step(compiled):
+    return [r for r in compiled if r.call == step.PRESET]
+
+
+def test_every_kernel_on_every_chip(of_step):
+    print(f"\n{resources.resources_table(of_step)}")
+    kernels_of_ours = set()
+    for module in pkgutil.iter_modules([str(Path(kernels.__file__).parent)]):
+        for name, value in vars(importlib.import_module(f"kernels.{module.name}")).items():
+            if name.endswith("_kernel") and hasattr(value, "fn"):
+                kernels_of_ours.add(name)
+    for capability in resources.CHIP_OF:
+        assert {r.kernel for r in of_step if r.capability == capability} == kernels_of_ours
+
+
+def test_no_spills_shared_memory_within_limits_and_the_best_matrix_instructions(of_step):
+    assert resources.violations(of_step) == []
+
+
+def test_row_kernels_move_128_bits_at_a_time(of_step):
+    rows = [r for r in of_step if r.kernel in ROW_KERNELS]
+    assert {r.kernel for r in rows} == ROW_KERNELS
+    assert [r for r in rows if r.code.load_bits < 128 or r.code.store_bits < 128] == []
+
+
+def test_attention_multiplies_by_wgmma_on_hopper(of_step):
+    multiplying = {r.kernel for r in of_step if r.capability == 90 and r.code.mma == "wgmma"}
+    assert multiplying == {f"_attention_{name}_kernel" for name in ("fwd", "bwd_dq", "bwd_dkdv")}
+
+
+def test_rows_that_are_read_twice_stay_in_l2(of_step):
+    """Resident programs of the head's kernel have a row each."""
+    (r,) = (r for r in of_step if r.kernel == "_linear_cross_entropy_kernel" and r.capability == 90)
+    programs = r.occupancy * r.chip.threads_per_sm / r.code.threads * r.chip.n_sms
+    assert programs * VOCABULARY * 2 <= CHIPS["H100"].l2_bytes
+
+
+def test_operands_are_rounded_for_tf32_and_only_there(compiled):
+    by_call = {name: [(r.tf32, r.rounds) for r in compiled if r.call == name] for name in ("tf32", "fp32", "bf16")}
+    assert by_call == {"tf32": [(True, True)] * 3, "fp32": [(False, False)], "bf16": [(False, False)]}
+
+
+def test_odd_lengths_and_head_dims_do_not_spill(compiled):
+    spills = {(r.call, r.kernel): r.code.spills for r in compiled if r.call in ("odd", "wide", "widest")}
+    assert len(spills) == 3 + 2 + 1 and not any(spills.values()), spills
+
+
+def test_what_breaks_a_limit_is_named(of_step):
+    (good,) = (r for r in of_step if r.kernel == "_attention_fwd_kernel" and r.capability == 90)
+    for broken, what in (
+        ({"spills": 8}, "spills 8 bytes"),
+        ({"shared": 228 * 1024}, "shared memory"),
+        ({"mma": "mma"}, "multiplies by mma, not wgmma"),
+        ({"serialised": True}, "serialises wgmma"),
+    ):
+        (line,) = resources.violations([good._replace(code=good.code._replace(**broken))])
+        assert what in line
+
+
+@pytest.mark.parametrize(
+    ("sass", "bits"),
+    [
+        ("LDG.E.128 R4, [R2]; LDG.E.64 R4, [R2];", 128),
+        ("LDG.E R4, [R2];", 32),
+        ("LDG.E.U16 R4, [R2];", 16),
+        ("LDGSTS.E.BYPASS.128 [R9], [R2];", 128),
+        ("UTMALDG.2D [UR8], [UR4];", 128),
+        ("LDG.E.ENL2.256 R4, R8, [R2];", 256),
+        ("STG.E.128 [R2], R4;", 0),
+    ],
+)
+def test_widths_are_read_off_the_machine_code(sass, bits):
+    assert machine_code._widest(sass, "LDG|LDGSTS", "UTMALDG") == bits
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "n_warps", "expected"),
+    [
+        (32, 0, 4, 1.0),
+        (33, 0, 4, 0.75),  # registers come in units of 8 per thread
+        (64, 0, 4, 0.5),
+        (128, 0, 8, 0.25),
+        (255, 0, 4, 0.125),
+        (32, 100 * 1024, 4, 0.125),  # two blocks, and the KiB that the system takes of each
+        (32, 227 * 1024, 8, 0.125),
+        (16, 0, 1, 0.5),  # 32 blocks at most
+    ],
+)
+def test_occupancy_is_that_of_the_calculator(registers, shared, n_warps, expected):
+    assert occupancy(CHIPS["H100"], registers, shared, n_warps) == expected
