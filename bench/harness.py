@@ -172,7 +172,7 @@ def measure(
     torch.compiler.reset()  # a function that was compiled for many shapes would silently fall back to eager
     peers, notes = {OURS: benchmark.kernel, **benchmark.peers()}, {}
     for name, peer in peers.items():
-        if note := _why_not(benchmark, peer, shape, dtype, device):
+        if note := reason_to_skip(benchmark, peer, shape, dtype, device):
             notes[name] = note
     forward, backward = benchmark.costs(itemsize=dtype.itemsize, **shape.sizes)
     costs = {"forward": forward, "backward": backward, "both": forward + backward}
@@ -197,7 +197,7 @@ def measure(
     return rows
 
 
-def _why_not(benchmark: Benchmark, peer: Callable, shape: Shape, dtype: torch.dtype, device: Device) -> str:
+def reason_to_skip(benchmark: Benchmark, peer: Callable, shape: Shape, dtype: torch.dtype, device: Device) -> str:
     """Why a peer is not timed, in a few words; an empty string where it is right."""
     inputs = benchmark.inputs(dtype=dtype, device=device.torch_device, **shape.small)
     with torch.no_grad():
