@@ -14,6 +14,7 @@ COMMANDS = {
     "kernels": "time the ops against their peers (a GPU): [OP ...]",
     "step": "time a training step, and where its time goes (a GPU)",
     "all": "kernels and step, for so many minutes; the next call goes on (a GPU)",
+    "tune": "sweep the launch configurations of OP ... or all: compiled and listed, timed where there is a GPU",
     "resources": "registers, spills, shared memory, occupancy, access widths, matrix instructions; compiled",
     "traffic": "bytes that kernels ask for, beside compulsory bytes; interpreted",
     "memory": "what is kept for backward, and what is alive; traced",
@@ -33,7 +34,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     of = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
     of["kernels"].add_argument("ops", nargs="*", metavar="OP", help="ops to time (default: all)")
-    for name in ("kernels", "all"):
+    of["tune"].add_argument("ops", nargs="+", metavar="OP", help="ops to tune, or all")
+    of["tune"].add_argument("--shape", metavar="NAME", help="a shape of the op (default: its first)")
+    of["tune"].add_argument("--capability", type=int, help="10 x the compute capability (default: the GPU's, or 90)")
+    for name in ("kernels", "all", "tune"):
         of[name].add_argument("--minutes", type=float, default=9.0, help="when to stop (default: 9)")
     for name in ("step", "all"):
         of[name].add_argument("--model", default="d12", help="a preset (default: d12)")
@@ -67,6 +71,11 @@ def main(argv: list[str] | None = None) -> int:
                 from bench import traffic
 
                 return traffic.main(arguments.save)
+            case "tune":
+                device = need_gpu("tune") if torch.cuda.is_available() else compile_kernels("tune")
+                from bench import tune
+
+                return tune.main(arguments, device)
             case "resources" | "memory" | "launches" | "roofline":
                 return counted(arguments.command, arguments.save)
             case _:
@@ -75,16 +84,25 @@ def main(argv: list[str] | None = None) -> int:
 
 def counted(command: str, save: bool) -> int:
     """Run what looks at compiled kernels."""
+    compile_kernels(command)
+    from bench import launches, memory, resources, roofline
+
+    modules = {"resources": resources, "memory": memory, "launches": launches, "roofline": roofline}
+    return modules[command].main(save)
+
+
+def compile_kernels(command: str) -> None:
+    """Have kernels compiled, not interpreted.
+
+    Raises:
+        BadInput: this process interprets them already, or there is no triton.
+    """
     from kernels import interpreter
 
     try:
         interpreter.choose("cuda")
     except (ImportError, RuntimeError) as error:
         raise BadInput(f"{command} looks at compiled kernels: {error}") from error
-    from bench import launches, memory, resources, roofline
-
-    modules = {"resources": resources, "memory": memory, "launches": launches, "roofline": roofline}
-    return modules[command].main(save)
 
 
 def need_gpu(command: str):
