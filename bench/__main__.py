@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     ops = {"metavar": "OP", "help": "of bench/ops.py, or all"}
     of["kernels"].add_argument("ops", nargs="*", default=["all"], **ops)
     of["tune"].add_argument("ops", nargs="+", **ops)
-    of["tune"].add_argument("--shape", help="one of the op's (default: all)")
+    of["tune"].add_argument("--shape", help="one of the op's (default: its first)")
     of["tune"].add_argument("--capability", type=int, help="to compile for, as in 90 (default: the GPU's, or 90)")
     for name in ("kernels", "all", "tune"):
         of[name].add_argument("--minutes", type=float, default=9.0, help="when to stop (default: 9)")
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             case "tune":
                 from bench import tune
 
-                return tune.main(arguments)
+                return tune.main(arguments, need_gpu("tune") if torch.cuda.is_available() else compile_kernels("tune"))
             case "compare":
                 return compare(arguments.before, arguments.after)
             case "report":
@@ -82,13 +82,22 @@ def need_gpu(command: str) -> Device:
     """
     if not torch.cuda.is_available():
         raise BadInput(f"{command} needs an NVIDIA GPU to time on; `pytest tests/budgets -s` counts without one")
+    compile_kernels(command)
+    return CudaDevice()
+
+
+def compile_kernels(command: str) -> None:
+    """Have kernels compiled in this process.
+
+    Raises:
+        BadInput: it interprets them already, or there is no triton.
+    """
     from kernels import interpreter
 
     try:
         interpreter.choose("cuda")
     except (ImportError, RuntimeError) as error:
         raise BadInput(f"{command}: {error}") from error
-    return CudaDevice()
 
 
 def time_step(arguments: argparse.Namespace, device: Device, folders: Path = RESULTS) -> None:

@@ -384,7 +384,7 @@ def _matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int = 0) 
     """out = beta·out + a·b, summed in out's dtype, which may be wider than that of a and b."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
-    elif launch.capability(out.device):
+    elif out.is_cuda:
         torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
     else:  # on a CPU, torch's matmuls take one dtype
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
