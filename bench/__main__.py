@@ -28,9 +28,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m bench", description="How fast: timed on a GPU, tuned and compared.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     of = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
-    ops = {"metavar": "OP", "help": "of bench/ops.py, or all"}
-    of["kernels"].add_argument("ops", nargs="*", default=["all"], **ops)
-    of["tune"].add_argument("ops", nargs="+", **ops)
+    of["kernels"].add_argument("ops", nargs="*", default=["all"], metavar="OP", help="of bench/ops.py (default: all)")
+    of["tune"].add_argument("ops", nargs="+", metavar="OP", help="of bench/ops.py, or all")
     of["tune"].add_argument("--shape", help="one of the op's (default: its first)")
     of["tune"].add_argument("--capability", type=int, help="to compile for, as in 90 (default: the GPU's, or 90)")
     for name in ("kernels", "all", "tune"):
@@ -100,7 +99,7 @@ def compile_kernels(command: str) -> None:
         raise BadInput(f"{command}: {error}") from error
 
 
-def time_step(arguments: argparse.Namespace, device: Device, folders: Path = RESULTS) -> None:
+def time_step(arguments: argparse.Namespace, device: Device, to: Path = RESULTS) -> None:
     """Time the variants of a training step and write their rows.
 
     Raises:
@@ -114,7 +113,7 @@ def time_step(arguments: argparse.Namespace, device: Device, folders: Path = RES
     for name in names:
         if name not in variants.VARIANTS:
             raise BadInput(f"unknown variant {name!r}; choose from {', '.join(map(repr, variants.VARIANTS))}")
-    path = folder(device.gpu, folders) / "step.csv"
+    path = folder(device.gpu, to) / "step.csv"
     dtype = getattr(torch, arguments.dtype)
     batch_sizes = variants.BATCH_SIZES if arguments.batch_size is None else [arguments.batch_size]
     chrome_trace = arguments.trace
@@ -130,11 +129,7 @@ def time_step(arguments: argparse.Namespace, device: Device, folders: Path = RES
 
 
 def time_kernels(
-    names: Iterable[str],
-    stop_at: float,
-    device: Device,
-    folders: Path = RESULTS,
-    clock: Callable[[], float] = time.monotonic,
+    names: Iterable[str], stop_at: float, device: Device, to: Path = RESULTS, now: Callable[[], float] = time.monotonic
 ) -> None:
     """Time case after case, and stop before one that would not end in time. Skips what is measured at this commit."""
     from bench import harness, ops
@@ -142,17 +137,17 @@ def time_kernels(
     cases = list(harness.cases(ops.named(names)))
     longest, left = 0.0, 0
     for benchmark, shape, dtype in cases:
-        path = folder(device.gpu, folders) / f"{benchmark.op}.csv"
+        path = folder(device.gpu, to) / f"{benchmark.op}.csv"
         if _is_done(path, op=benchmark.op, shape=shape.name, dtype=str(dtype).partition(".")[2]):
             continue
-        started = clock()
+        started = now()
         if left or started + longest > stop_at:
             left += 1
             continue
         rows = harness.measure(benchmark, shape, dtype, device)
         write(path, rows)
         _show(rows)
-        longest = max(longest, clock() - started)
+        longest = max(longest, now() - started)
     print(f"{left} of {len(cases)} cases are left; the same command resumes" if left else "all cases are measured")
 
 
@@ -160,9 +155,9 @@ def _is_done(path: Path, **key: str) -> bool:
     """Whether there are rows of this commit."""
     if not path.exists():
         return False
-    now = results.commit()
+    commit = results.commit()
     rows = [row for row in read(path) if all(getattr(row, name) == value for name, value in key.items())]
-    return bool(rows) and not now.endswith("+") and all(row.commit == now for row in rows)
+    return bool(rows) and not commit.endswith("+") and all(row.commit == commit for row in rows)
 
 
 def _show(rows: Iterable[Row]) -> None:

@@ -135,19 +135,19 @@ LINEAR_CROSS_ENTROPY: Adapters = {
 }
 
 
-def three_matmuls(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The matrix products of the head and nothing else: no loss, but the least that any head costs."""
-    return _ThreeMatmuls.apply(hidden, weight)
-
-
 class _ThreeMatmuls(torch.autograd.Function):
+    """The matrix products of the head and nothing else: no loss, but the least that any head costs."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = hidden @ weight.t()
         ctx.save_for_backward(hidden, weight, logits)
         return logits[0, 0].float()
 
     @staticmethod
-    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         hidden, weight, logits = ctx.saved_tensors
-        return logits @ weight, logits.t() @ hidden
+        return logits @ weight, logits.t() @ hidden, None
+
+
+three_matmuls = _ThreeMatmuls.apply

@@ -24,8 +24,8 @@ class Chip(NamedTuple):
     blocks_per_sm: int = 32
     registers_per_sm: int = 65536
 
-    def peak(self, dtype: str = "bfloat16", tensorcores: int = 0) -> float:
-        """Dense FLOP/s of matrix products."""
+    def peak(self, dtype: str = "bfloat16", tensorcores: int = 0) -> float | None:
+        """Dense FLOP/s of matrix products, where known."""
         return peak_flops(self.gpu, dtype, tensorcores)
 
 

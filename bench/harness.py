@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -189,7 +189,8 @@ def measure(
                 row = row.with_(**{f"p{percent}": percentile(times[name], percent) for percent in (20, 50, 80)})
             if name in times and benchmark.ceiling in times:
                 share = work.flops / most.flops if benchmark.ceiling == "matmul" else work.bytes / most.bytes
-                row = row.with_(percent=100 * share * percentile(times[benchmark.ceiling], 50) / row.p50)
+                of_ceiling, of_variant = (percentile(times[who], 50) for who in (benchmark.ceiling, name))
+                row = row.with_(percent=100 * share * of_ceiling / of_variant)
             rows.append(row.with_(note=notes.get(name) or said.get(name, ""), **provenance(device)))
     return rows
 
@@ -210,7 +211,7 @@ def reason_to_skip(benchmark: Benchmark, variant: Callable, shape: Shape, dtype:
     return f"wrong: {', '.join(off)}" if off else ""
 
 
-def _is_float(value: torch.Tensor | int) -> bool:
+def _is_float(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
@@ -263,7 +264,7 @@ class Copies:
 
 def _ceiling(kind: str, cost: Cost, dtype: torch.dtype, device: Device) -> tuple[Callable, Cost]:
     """What a variant can hope for at most, as a call like its own, and the work that it does."""
-    make = {"dtype": dtype, "device": device.torch_device}
+    make: dict[str, Any] = {"dtype": dtype, "device": device.torch_device}
     if kind == "copy":
         n_elements = max(cost.bytes // 2 // dtype.itemsize, 1)
         buffers = [
@@ -351,7 +352,7 @@ def percentile(values: Iterable[float], percent: float) -> float:
     return float(np.percentile(list(values), percent))
 
 
-def provenance(device: Device) -> dict[str, str]:
+def provenance(device: Device) -> dict[str, Any]:
     """Where a row comes from."""
     triton = version("triton") if find_spec("triton") else ""
     of_device = {"gpu": device.gpu, "driver": device.driver}

@@ -98,7 +98,7 @@ def read(specialised: Specialised) -> MachineCode:
         cubin.flush()
         usage = _output_of("cuobjdump", "--dump-resource-usage", cubin.name)
         sass = _output_of("nvdisasm", "-c", cubin.name)
-    registers, spills = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    registers, spills = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
     ptx = compiled.asm["ptx"]
     mma = next((kind for kind in ("tcgen05.mma", "wgmma.mma", "mma.sync") if kind in ptx), "")
     return MachineCode(
@@ -118,7 +118,7 @@ def _is_serialised(ptx: str) -> bool:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [BINARIES / "ptxas", "-arch=sm_90a", file.name, "-o", os.devnull]
+        command = [str(BINARIES / "ptxas"), "-arch=sm_90a", file.name, "-o", os.devnull]
         return "serialized" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 

@@ -27,7 +27,7 @@ def lines_of(rows: Iterable[Row]) -> list[tuple]:
             continue
         same = [r for r in rows if (r.gpu, r.op, r.pass_name, r.shape) == (row.gpu, row.op, row.pass_name, row.shape)]
         baselines = [r for r in same if r.variant not in CEILINGS and r.variant.partition(" ")[0] != OURS]
-        best = min(baselines, key=lambda r: r.p50, default=None)
+        best = min(baselines, key=lambda r: r.p50 or 0.0, default=None)
         lines.append(
             (
                 *(row.op, row.pass_name, row.shape, row.gpu),
@@ -73,10 +73,7 @@ def _family(row: Row) -> str:
 
 def main(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> int:
     """Draw, and write the table."""
-    lines = lines_of(measured(results))
-    paths = draw(results)
+    lines, paths = lines_of(measured(results)), draw(results)
     put_table(table(HEADER, lines, markdown=True) if lines else NOT_MEASURED, readme, COMMAND)
-    print(f"{readme}: {len(lines)} lines" if lines else f"{readme}: {NOT_MEASURED}")
-    for path in paths:
-        print(path)
+    print(f"{readme}: {len(lines)} lines" if lines else f"{readme}: {NOT_MEASURED}", *paths, sep="\n")
     return 0

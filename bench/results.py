@@ -51,6 +51,11 @@ class Row:
         return dataclasses.replace(self, **changes)
 
     @property
+    def times(self) -> tuple[float, float, float] | None:
+        """p20, p50 and p80, where there are all of them."""
+        return None if self.p20 is None or self.p50 is None or self.p80 is None else (self.p20, self.p50, self.p80)
+
+    @property
     def key(self) -> tuple[str, ...]:
         """What a second measurement of the same thing has too."""
         return self.op, self.pass_name, self.variant, self.shape, self.dtype
@@ -93,7 +98,7 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def _row(cells: dict[str, str]) -> Row:
+def _row(cells: dict[str, Any]) -> Row:
     numbers = {name: float(cells[name]) if cells[name] else None for name in ("p20", "p50", "p80", "percent")}
     return Row(**cells | numbers | {name: int(cells[name]) for name in ("bytes", "flops")})
 
@@ -103,26 +108,27 @@ def measured(results: Path = RESULTS) -> list[Row]:
     return [row for path in sorted(results.glob("*/*.csv")) for row in read(path)]
 
 
-def moved(before: Iterable[Row], after: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """Rows whose time moved beyond both spreads: the intervals from p20 to p80 do not meet."""
-    timed = {row.key: row for row in before if row.p50 is not None}
-    pairs = [(timed[row.key], row) for row in after if row.p50 is not None and row.key in timed]
-    return [(a, b) for a, b in pairs if b.p20 > a.p80 or b.p80 < a.p20]
+def moved(before: Iterable[Row], after: Iterable[Row]) -> list[tuple[Row, Row, float]]:
+    """(before, after, ratio of the medians) of rows whose intervals from p20 to p80 do not meet. Parts of a step were
+    measured once and have none."""
+    of, found = {row.key: row for row in before}, []
+    for b in after:
+        a = of.get(b.key)
+        if a and a.times and b.times and (b.times[0] > a.times[2] or b.times[2] < a.times[0]):
+            found.append((a, b, b.times[1] / a.times[1]))
+    return found
 
 
 def compare(before: Path, after: Path) -> int:
     """Print what moved; return 1 where something got slower, 0 otherwise."""
     old, new = read(before), read(after)
-    pairs = moved(old, new)
-    both = {row.key for row in old} & {row.key for row in new}
-    rows = [
-        (*b.key, a.p50, b.p50, f"{100 * (b.p50 / a.p50 - 1):+.1f}%")
-        for a, b in sorted(pairs, key=lambda pair: pair[0].p50 / pair[1].p50)
-    ]
+    found = sorted(moved(old, new), key=lambda pair: -pair[2])
+    rows = [(*b.key, a.p50, b.p50, f"{100 * (ratio - 1):+.1f}%") for a, b, ratio in found]
     if rows:
         print(table(["op", "pass", "variant", "shape", "dtype", "ms before", "ms after", "change"], rows))
-    slower = sum(b.p50 > a.p50 for a, b in pairs)
-    print(f"{len(both)} rows in both; {slower} slower and {len(pairs) - slower} faster beyond their spread")
+    both = {row.key for row in old} & {row.key for row in new}
+    slower = sum(ratio > 1 for *_, ratio in found)
+    print(f"{len(both)} rows in both; {slower} slower and {len(found) - slower} faster beyond their spread")
     return 1 if slower else 0
 
 
@@ -159,6 +165,6 @@ def git(*args: str, root: Path = ROOT) -> str:
 
 def commit(root: Path = ROOT) -> str:
     """The commit of the tree, with a + where kernels or benchmarks differ from it."""
-    changed = git("status", "--porcelain", "--", "kernels", "bench", "model", "training", root=root)
-    changed = [line for line in changed.splitlines() if "bench/results/" not in line]
+    status = git("status", "--porcelain", "--", "kernels", "bench", "model", "training", root=root)
+    changed = [line for line in status.splitlines() if "bench/results/" not in line]
     return git("rev-parse", "--short", "HEAD", root=root) + ("+" if changed else "")

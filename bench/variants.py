@@ -122,8 +122,8 @@ def measure(
         notes[name] = failures.get(name, f"peak {device.peak_bytes() / 1e9:.1f} GB")
         times[name] = times[name] + timed[name] if name in timed else []
         if last and name in timed:
-            trace_file = None if parts else chrome_trace
-            parts[name] = where_time_goes(make_step, percentile(timed[name], 50), device, trace_file)
+            trace = None if parts else chrome_trace
+            parts[name] = where_time_goes(make_step, percentile(timed[name], 50), device, trace)
 
     for last in [False] * (PASSES - 1) + [True]:
         for name in variants:
@@ -144,8 +144,8 @@ def measure(
         for part, milliseconds in parts.get(name, {}).items():
             rows.append(row.with_(op="step part", pass_name=part, p50=milliseconds))
         if times[name]:
-            row = row.with_(**{f"p{percent}": percentile(times[name], percent) for percent in (20, 50, 80)})
-            row = row.with_(percent=1e5 * flops / row.p50 / peak if peak else None)
+            p20, p50, p80 = (percentile(times[name], percent) for percent in (20, 50, 80))
+            row = row.with_(p20=p20, p50=p50, p80=p80, percent=1e5 * flops / p50 / peak if peak else None)
         rows.append(row)
     return rows
 

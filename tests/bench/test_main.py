@@ -68,7 +68,7 @@ def timing(device, toy, tmp_path, monkeypatch):
 
     def run(names=("all",), minutes=100.0) -> list[str]:
         measured.clear()
-        cli.time_kernels(names, now[0] + 60 * minutes, device, tmp_path, clock=lambda: now[0])
+        cli.time_kernels(names, now[0] + 60 * minutes, device, tmp_path, now=lambda: now[0])
         return list(measured)
 
     return run

@@ -61,6 +61,7 @@ def test_nothing_to_read_is_bad_input(tmp_path):
 
 def test_what_moved_lies_outside_of_both_spreads():
     before = [row(variant, spread=0.125) for variant in ("same", "touching", "slower", "faster", "gone", "failed")]
+    before.append(Row("step part", "idle", "triton", "d12", "bfloat16", p50=1.0))
     after = [
         row("same", p50=1.125, spread=0.125),
         row("touching", p50=1.25, spread=0.125),
@@ -68,8 +69,9 @@ def test_what_moved_lies_outside_of_both_spreads():
         row("faster", p50=0.625, spread=0.125),
         row("new", p50=9.0),
         Row("gelu", "forward", "failed", "8×16", "bfloat16", note="failed"),
+        Row("step part", "idle", "triton", "d12", "bfloat16", p50=9.0),
     ]
-    assert [b.variant for _, b in moved(before, after)] == ["slower", "faster"]
+    assert [(b.variant, ratio) for _, b, ratio in moved(before, after)] == [("slower", 1.375), ("faster", 0.625)]
 
 
 def test_compare_prints_what_moved_and_fails_on_what_got_slower(tmp_path, capsys):

@@ -22,8 +22,6 @@ from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
 
 from bench.machine_code import specialise as specialise  # what is noted here can be compiled
 from kernels import launch
@@ -54,20 +52,13 @@ def describe(value: Any) -> Any:
     """A tensor as a `Tensor`, anything else as it is."""
     if not isinstance(value, torch.Tensor):
         return value
-    offset = value.storage_offset() * value.element_size()
+    offset = int(value.storage_offset()) * value.element_size()
     storage = value.untyped_storage()._cdata
     return Tensor(tuple(value.shape), tuple(value.stride()), value.dtype, offset, storage)
 
 
-class Launch(NamedTuple):
-    """One launch of a kernel of ours."""
-
-    kernel: JITFunction | InterpretedFunction
-    args: dict[str, Any]
-    """every argument by its name, constexprs too; tensors as `Tensor`"""
-    options: dict[str, int]
-    """num_warps, num_stages"""
-    grid: tuple[int, ...]
+class Launch(launch.Call):
+    """One launch of a kernel of ours; tensors among its arguments as `Tensor`."""
 
     @property
     def name(self) -> str:
@@ -150,9 +141,8 @@ class Trace(TorchDispatchMode):
 
     def note(self, call: launch.Call) -> None:
         """Note down a launch of a kernel of ours."""
-        args = {name: describe(arg) for name, arg in call.args.items()}
-        noted = Launch(call.kernel, args, call.options, call.grid)
-        self.events.append(Event(noted.name, self._op, 1, noted.bytes, 0, False, noted, tuple(args.values())))
+        noted = Launch(*call)._replace(args={name: describe(arg) for name, arg in call.args.items()})
+        self.events.append(Event(noted.name, self._op, 1, noted.bytes, 0, False, noted, tuple(noted.args.values())))
 
     def _note_torch(self, func, args, kwargs, out, n_launches: int) -> None:
         name = func._schema.name

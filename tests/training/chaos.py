@@ -8,7 +8,6 @@ reaches its end have to be bitwise identical to those of one that was never kill
 
 import argparse
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -46,7 +45,8 @@ def chaos(folder: Path, kills: int, seed: int, n_ranks: int, zero_stage: int) ->
     reference = folder / "never_killed"
     never_killed = ranks.start(n_ranks, [*arguments, "--output_dir", str(reference)], folder / "screen")
     assert set(never_killed.wait(120)) == {0}, never_killed.errors
-    draw, counts, run = random.Random(seed), Counter(), folder / "run_0"
+    draw, run = random.Random(seed), folder / "run_0"
+    counts: Counter[str] = Counter()
     while True:
         newest = next(iter(checkpoint.find(run / checkpoint.FOLDER)), None)
         attempt = ranks.start(n_ranks, [*arguments, "--output_dir", str(run)], folder / "screen")
@@ -145,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -67,7 +67,7 @@ def held(config: GPTConfig, zero_stage: int, rank: int, ranks: int) -> Held:
         _, loss = model(idx, idx, return_logits=False)
         in_use = _bytes([*params.values(), *gpt.parameters()])
         loss.backward()
-        gradients = _bytes(p.grad for p in params.values())
+        gradients = _bytes(p.grad for p in params.values() if p.grad is not None)
         optimizer.step()
         state = optim.adamw_state(optimizer)
         moments = _bytes(kind[name] for kind in state.values() for name in ("exp_avg", "exp_avg_sq"))
