@@ -13,8 +13,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from types import FrameType, ModuleType
+from typing import BinaryIO, NoReturn, TextIO
 
+fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:  # Windows
@@ -61,9 +63,9 @@ def exit_on_bad_input(program: str) -> Iterator[None]:
 def exit_on_signal(program: str) -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGHUP into Stopped, so that unfinished files are removed on the way out; then print one
     line and exit with 128 + the signal's number. For the main thread."""
-    received = []
+    received: list[int] = []
 
-    def stop(number, frame):
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
         for each in handlers:
             signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the removal
         received.append(number)

@@ -234,7 +234,7 @@ def train(
 
 def is_due(every: int | None, step: int, last_step: bool) -> bool:
     """True on every `every`-th step and on the last; never if `every` is 0."""
-    return bool(every) and (step % every == 0 or last_step)
+    return bool(every and (step % every == 0 or last_step))
 
 
 def micro_batches(loader: ShardLoader, step: int, watchdog: Watchdog) -> Iterator[Batch]:

@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             case "tune":
                 from bench import tune
 
-                return tune.main(arguments, need_gpu("tune") if torch.cuda.is_available() else compile_kernels("tune"))
+                compile_kernels("tune")
+                return tune.main(arguments, CudaDevice() if torch.cuda.is_available() else None)
             case "compare":
                 return compare(arguments.before, arguments.after)
             case "report":

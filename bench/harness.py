@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol, TypeGuard
@@ -67,7 +68,7 @@ class Device(Protocol):
 class CudaDevice:
     """The current CUDA device."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.gpu, self.l2_bytes = properties.name, properties.L2_cache_size
@@ -184,7 +185,7 @@ def measure(
         times, said = time_in_turns(device, {benchmark.ceiling: ceiling} | calls, seconds)
         for name in [benchmark.ceiling, *variants]:
             work = most if name == benchmark.ceiling else cost
-            row = Row(benchmark.op, pass_name, name, shape.name, str(dtype).partition(".")[2], **work._asdict())
+            row = Row(benchmark.op, pass_name, name, shape.name, str(dtype).partition(".")[2], **asdict(work))
             if name in times:
                 row = row.with_(**{f"p{percent}": percentile(times[name], percent) for percent in (20, 50, 80)})
             if name in times and benchmark.ceiling in times:

@@ -4,7 +4,7 @@ import gc
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,7 +61,7 @@ def build(variant: Variant, config: GPTConfig, tokens: tuple[int, int], dtype: t
     optimizer = optim.build(gpt, Config(learning_rate=1e-4, weight_decay=0.1))
     for group in optimizer.param_groups:
         group["capturable"] = variant.graphed and where.type == "cuda"
-    model = torch.compile(gpt, fullgraph=True) if variant.compiled else gpt
+    model: Any = torch.compile(gpt, fullgraph=True) if variant.compiled else gpt
     generator = torch.Generator(where).manual_seed(1)
     x, y = (torch.randint(0, config.vocab_size, tokens, generator=generator, device=where) for _ in range(2))
 

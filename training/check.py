@@ -169,7 +169,7 @@ def _compare_network(
     """Compare the loss and the gradient of every parameter."""
 
     def loss_and_gradients(network: GPT, n_slice: int) -> dict[str, torch.Tensor]:
-        total = 0.0
+        total: Any = 0.0
         for start in range(0, x.shape[0], n_slice):
             part = slice(start, start + n_slice)
             _, loss = network(x[part], y[part], return_logits=False)
@@ -208,7 +208,7 @@ def _disturbed(gpt: GPT) -> GPT:
     with torch.no_grad():
         for param in copy.parameters():
             if param.dim() == 1:
-                param += 0.1 * torch.randn(param.shape, generator=generator).to(param)
+                param.data += 0.1 * torch.randn(param.shape, generator=generator).to(param)
     return copy
 
 

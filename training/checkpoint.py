@@ -79,7 +79,8 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """All other state, for JSON. It is the same on every rank."""
-        kind, keys, *position = np.random.get_state()
+        rng_state: Any = np.random.get_state()
+        kind, keys, *position = rng_state
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
             "step": self.step,
@@ -173,6 +174,7 @@ class Checkpoints:
         if self._group and any(distributed.gather(self.world, self.failed)):  # gloo closes a group that timed out
             dist.destroy_process_group(self._group)
             self._group = self._new_group()
+        assert self.folder
         folder = self.folder / f"step_{state.step}"
         content = json.dumps(state.state_dict() | self.metadata).encode() + b"\n"
         try:
@@ -191,6 +193,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait for an unfinished save, and report it if it failed."""
         if self._saving:
+            assert self.folder
             (step, future), self._saving = self._saving, None
             error = future.exception()
             if error and self.world.is_main:
@@ -252,6 +255,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Delete the checkpoints that are not kept, once a newer one is on disk."""
+        assert self.folder
         own = [folder for folder in find(self.folder) if not folder.is_symlink()]  # a link takes no room
         for folder in own[self.keep :]:
             if not (self.keep_every and step_of(folder) % self.keep_every == 0):

@@ -234,8 +234,8 @@ def shard(gpt: GPT, zero_stage: int, dtype: str, compile: bool) -> None:
     frees = zero_stage == 3
     for block in gpt.transformer.h:
         if compile:  # inside the hooks that gather and free, which torch.compile cannot trace
-            block.attn.forward = torch.compile(block.attn.forward, fullgraph=True)
-            block.mlp.forward = torch.compile(block.mlp.forward, fullgraph=True)
+            for part in (block.attn, block.mlp):
+                part.forward = torch.compile(part.forward, fullgraph=True)  # type: ignore[method-assign]
         fully_shard([block.attn, block.mlp], reshard_after_forward=frees, mp_policy=policy)
     root_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(gpt, reshard_after_forward=frees, mp_policy=root_policy)

@@ -154,7 +154,7 @@ class Watchdog:
         self._since = time.monotonic()
         self._ended = False
         self._over = threading.Event()
-        self._store: Any = world.store.clone() if world.store else None
+        self._store: Any = world.store and world.store.clone()  # type: ignore[attr-defined]
         self._others = [rank for rank in range(world.size) if rank != world.rank]
 
     def at(self, step: int, what: str) -> None:

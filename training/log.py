@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ import torch
 from common import BadInput, atomic_write, print0, write_errors
 from readers import integer, open_regular, parse_json, require
 
+resource: ModuleType | None
 try:
     import resource
 except ImportError:  # Windows
@@ -99,7 +101,7 @@ class RunLog:
         n_losses = len(self.train_losses) + len(self.val_losses)
         if not self.output_dir or n_losses == self._drawn:
             return
-        with self._warning("loss.png"), warnings.catch_warnings(), atomic_write(self.output_dir / "loss.png") as file:
+        with self._warning("loss.png"), warnings.catch_warnings(), atomic_write(self._path("loss.png")) as file:
             warnings.simplefilter("ignore")  # about glyphs that the font lacks
             figure = self._figure()
             figure.savefig(file, format="png", dpi=120)
@@ -128,7 +130,7 @@ class RunLog:
         """Make the lines survive a power failure."""
         for name in self._waiting:
             if self.output_dir:
-                with self._warning(name), open(self.output_dir / name, "ab") as file:
+                with self._warning(name), open(self._path(name), "ab") as file:
                     os.fsync(file.fileno())
 
     def close(self) -> None:
@@ -150,9 +152,7 @@ class RunLog:
             [parsed.step for _, parsed in lines if parsed and parsed.kind != "tel"] for lines in found.values()
         )
         if steps_done and steps and (steps[0] == 0 or steps == [step - 1 for step in updates]):
-            raise BadInput(
-                f"{self.output_dir / 'metrics.jsonl'} counts steps from 0, as earlier versions did; move it away"
-            )
+            raise BadInput(f"{self._path('metrics.jsonl')} counts steps from 0, as earlier versions did; move it away")
         for name, lines in found.items():
             content = bytearray()
             for line, parsed in lines:
@@ -167,13 +167,17 @@ class RunLog:
                         self._add_metrics(json.loads(line))
             damaged = sum(parsed is None for _, parsed in lines)
             if damaged:
-                print0(f"warning: {self.output_dir / name}: lines that cannot be read are left out: {damaged}")
+                print0(f"warning: {self._path(name)}: lines that cannot be read are left out: {damaged}")
             if len(content) < sum(len(line) for line, _ in lines):
-                with atomic_write(self.output_dir / name) as file:
+                with atomic_write(self._path(name)) as file:
                     file.write(content)
 
+    def _path(self, name: str) -> Path:
+        assert self.output_dir
+        return self.output_dir / name
+
     def _content(self, name: str) -> bytes:
-        path = self.output_dir / name
+        path = self._path(name)
         try:
             with open_regular(path) as file:
                 return file.read()
@@ -185,7 +189,7 @@ class RunLog:
     def _append(self, name: str, lines: str) -> None:
         if self.output_dir:
             self._waiting[name] += lines.encode()
-            with self._warning(name), open(self.output_dir / name, "ab", buffering=0) as file:
+            with self._warning(name), open(self._path(name), "ab", buffering=0) as file:
                 while self._waiting[name]:  # the last write before a disk is full may be partial
                     self._waiting[name] = self._waiting[name][file.write(self._waiting[name]) :]
 
@@ -204,14 +208,14 @@ class RunLog:
     def _warning(self, name: str) -> Iterator[None]:
         """Turn any exception into a warning, once per file until it can be written again."""
         try:
-            with write_errors(self.output_dir / name):
+            with write_errors(self._path(name)):
                 yield
             self._refused.discard(name)
         except Exception as error:
             if name not in self._refused:
                 reason = str(error)
                 if not isinstance(error, BadInput):
-                    reason = f"cannot write {self.output_dir / name}: {type(error).__name__}: {error}"
+                    reason = f"cannot write {self._path(name)}: {type(error).__name__}: {error}"
                 print0(f"warning: {' '.join(reason.split())}; the run continues")
             self._refused.add(name)
 

@@ -79,7 +79,7 @@ def clip_gradients(params: Iterable[torch.Tensor], max_norm: float) -> torch.Ten
         () the norm before, bitwise identical on every rank. Every rank has to call this.
     """
     params = [p for p in params if p.grad is not None]
-    norm = full(torch.nn.utils.get_total_norm([p.grad for p in params]))
+    norm = full(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
     torch.nn.utils.clip_grads_with_norm_(params, max_norm or float("inf"), norm)
     return norm
 

@@ -2,6 +2,7 @@
 https://arxiv.org/abs/1910.02054)."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         options: for AdamW.
     """
 
-    def __init__(self, groups: Iterable[dict], **options):
+    def __init__(self, groups: Iterable[dict], **options: Any):
         super().__init__(groups, options)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         params = [p for group in self.param_groups for p in group["params"]]
@@ -38,7 +39,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         self.mesh = init_device_mesh(params[0].device.type, (self.size,))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody gives one
         """Update the weights on all ranks. Every rank has to call this."""
         for group, own in zip(self.param_groups, self.adamw.param_groups, strict=True):
             own["lr"] = group["lr"]

@@ -1,9 +1,11 @@
 """Every baseline's adapter: torch's on small shapes, the libraries' on stand-ins with their signatures."""
 
 import contextlib
+import importlib.machinery
 import importlib.util
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def stand_in(monkeypatch):
             dotted = ".".join(parts[:i])
             module = types.ModuleType(dotted)
             module.__path__ = []
-            module.__spec__ = types.SimpleNamespace(name=dotted)
+            module.__spec__ = importlib.machinery.ModuleSpec(dotted, None)
             monkeypatch.setitem(sys.modules, dotted, module)
         for attribute, function in functions.items():
             monkeypatch.setattr(module, attribute, function, raising=False)
@@ -112,7 +114,9 @@ def test_three_matmuls_are_those_of_the_head():
 
 def test_only_installed_libraries_are_made(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", {"liger_kernel": "a module"}.get)
-    adapters = {"liger": lambda: "made"} | dict.fromkeys(("flash-attn deterministic", "quack", "cce"), lambda: 1 / 0)
+    adapters: dict[str, Any] = {"liger": lambda: "made"} | dict.fromkeys(
+        ("flash-attn deterministic", "quack", "cce"), lambda: 1 / 0
+    )
     assert baselines.installed(adapters) == {"liger": "made"}
 
 

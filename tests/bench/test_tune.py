@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as cli
-from bench import harness, results, suite, tune
+from bench import harness, ops, results, tune
 from bench.chips import CHIPS
 from bench.machine_code import MachineCode
 from bench.tune import Candidate, Case, Sweep, Tunable
@@ -28,7 +28,7 @@ def arguments(*words: str):
 
 
 def case_of(op: str, capability: int = 90) -> Case:
-    benchmark = next(benchmark for benchmark in suite.BENCHMARKS if benchmark.op == op)
+    benchmark = next(benchmark for benchmark in ops.BENCHMARKS if benchmark.op == op)
     return Case(benchmark, benchmark.shapes[0], capability)
 
 
@@ -318,7 +318,7 @@ def test_bad_arguments(words):
 
 
 def test_all_ops_or_those_that_are_named():
-    assert [case.benchmark.op for case in tune.parse(arguments("all"), 90)] == [b.op for b in suite.BENCHMARKS]
+    assert [case.benchmark.op for case in tune.parse(arguments("all"), 90)] == [b.op for b in ops.BENCHMARKS]
     (case,) = tune.parse(arguments("gelu", "gelu", "--shape", "8192x3072", "--capability", "80"), 90)
     assert (case.shape.name, case.capability) == ("8192×3072", 80)
     assert tune.parse(arguments("gelu"), 90)[0].capability == 90

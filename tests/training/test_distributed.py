@@ -112,7 +112,8 @@ def overflow_once(rank: int, zero_stage: int) -> None:
             next(p for group in optimizer.param_groups for p in group["params"]).grad.to_local().view(-1)[0] = torch.inf
         unscale(self, optimizer)
 
-    torch.Tensor.backward, torch.amp.GradScaler.unscale_ = blow_up, unscale_after
+    torch.Tensor.backward = blow_up  # type: ignore[assignment]
+    torch.amp.GradScaler.unscale_ = unscale_after
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
@@ -187,7 +188,7 @@ def test_gradients_are_reduced_in_the_last_micro_step_alone(zero_stage):
             return future
 
         if zero_stage < 2:
-            model.register_comm_hook(None, reduce)
+            model.register_comm_hook(None, reduce)  # type: ignore[operator]
         idx = torch.arange(32)[None] % TINY.vocab_size
         kept = []
         for micro_step in range(3):
@@ -204,7 +205,7 @@ def test_gradients_are_reduced_in_the_last_micro_step_alone(zero_stage):
 def without_code_generation(rank: int) -> None:
     """torch.compile with everything but the compiler for the device."""
     compile = torch.compile
-    torch.compile = lambda model, **options: compile(model, backend="aot_eager", **options)
+    torch.compile = lambda model, **options: compile(model, backend="aot_eager", **options)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(("zero_stage", "dtype"), [(1, "float32"), (3, "bfloat16")])

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_whatever_fails_in_a_picture_or_in_events_is_one_warning(tmp_path, monke
     monkeypatch.setattr("matplotlib.figure.Figure", Broken)
     monkeypatch.setattr("training.log._tensorboard_writer", lambda: Broken)
     log = RunLog(tmp_path).open(tensorboard=True)
-    log._events = SimpleNamespace(add_scalar=Broken, close=Broken)  # as of one that fails later
+    log._events = cast(Any, SimpleNamespace(add_scalar=Broken, close=Broken))  # as of one that fails later
     for step in (1, 2, 3):
         log.train({"step": step, "loss": 1.0})
         log.validation(step, 1.0)

@@ -13,6 +13,7 @@ from tests.conftest import TINY
 from tests.training.conftest import same_weights
 from training import optim, sharded_adamw
 from training.config import Config
+from training.distributed import full
 from training.sharded_adamw import ShardedAdamW
 from training.step import autocast_to, training_step
 
@@ -56,14 +57,14 @@ def test_options_and_rates_reach_adamw(one_rank, fused):
         assert state[p]["step"] == 3
         for kind in ("exp_avg", "exp_avg_sq"):
             assert state[p][kind].shape == p.shape
-            assert torch.equal(state[p][kind].to_local(), plain.state[q][kind])
+            assert torch.equal(full(state[p][kind]), plain.state[q][kind])
 
 
 def test_state_is_there_before_the_first_update(one_rank):
     gpt = GPT(TINY)
     state = optim.adamw_state(optim.build(gpt, Config(learning_rate=1e-3, zero_stage=1)))
     assert state.keys() == set(gpt.parameters())
-    assert all(moments["step"] == 0 and not moments["exp_avg"].to_local().any() for moments in state.values())
+    assert all(moments["step"] == 0 and not full(moments["exp_avg"]).any() for moments in state.values())
 
 
 @pytest.mark.parametrize(("rows", "ranks"), [(61, 3), (8, 2), (3, 4), (5, 4), (1, 1)])

@@ -60,7 +60,7 @@ def held(config: GPTConfig, zero_stage: int, rank: int, ranks: int) -> Held:
         world = World(rank, rank, ranks, torch.device("cpu"), distributed=True)
         model, _ = distributed.parallelize(gpt, world, zero_stage, "float32", compile=False)
         if zero_stage < 2:  # DDP asks for the result of its reduction, which the fake group does not give
-            model.register_comm_hook(None, _unreduced)
+            model.register_comm_hook(None, _unreduced)  # type: ignore[operator]
         params = dict(gpt.named_parameters())
         optimizer = optim.build(gpt, Config(learning_rate=0.0, zero_stage=zero_stage))
         idx = torch.zeros(TOKENS, dtype=torch.int64)
