@@ -78,7 +78,7 @@ def clip_gradients(params: Iterable[torch.Tensor], max_norm: float) -> torch.Ten
     Returns:
         () the norm before, bitwise identical on every rank. Every rank has to call this.
     """
-    params = [p for p in params if p.grad is not None]
+    params = list(params)
     norm = full(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
     torch.nn.utils.clip_grads_with_norm_(params, max_norm or float("inf"), norm)
     return norm
