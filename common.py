@@ -69,6 +69,7 @@ def exit_on_signal(program: str) -> Iterator[None]:
         for each in handlers:
             signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the removal
         received.append(number)
+        sys.unraisablehook = lambda _: None  # an object whose constructor this cuts may raise when it is deleted
         raise Stopped(f"stopped by {signal.Signals(number).name}")
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP

@@ -37,6 +37,8 @@ TINY = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 # On tiny tensors, threads wait for each other more than they compute; and other tests run beside this one.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+if hasattr(signal, "SIGHUP"):  # nohup has it ignored, here and in what is started here
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_xdist_auto_num_workers(config) -> int:

@@ -230,3 +230,25 @@ def test_lines_are_printed_once_and_errors_by_every_rank(monkeypatch, capsys, en
     common.print0("a line")
     common.print_error("a line")
     assert capsys.readouterr() == (printed, "a line\n")
+
+
+CUT = """
+import signal
+from common import exit_on_signal
+
+class Bar:  # as tqdm's
+    def __init__(self):
+        signal.raise_signal(signal.SIGINT)
+        self.disable = False
+
+    def __del__(self):
+        self.disable
+
+with exit_on_signal("prog"):
+    Bar()
+"""
+
+
+def test_an_object_that_a_signal_cuts_in_its_constructor_says_nothing():
+    done = subprocess.run([sys.executable, "-c", CUT], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "prog: stopped by SIGINT\n")
