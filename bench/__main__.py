@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
                 print("\n".join(f"python -m bench {name:8} {text}" for name, text in COMMANDS.items()))
                 return 0
             case "tune":
+                compile_kernels("tune")
                 from bench import tune
 
-                compile_kernels("tune")
                 return tune.main(arguments, CudaDevice() if torch.cuda.is_available() else None)
             case "compare":
                 return compare(arguments.before, arguments.after)

@@ -66,7 +66,7 @@ ONE_MORE_BLOCK = {4: 168, 8: 128}
 # Tiles of scores. tl.dot takes 16 or more; the side that a block keeps is at least wgmma's 64.
 QUERIES_KEPT = Sweep((64, 128), (32, 64, 128), (4, 8), (2, 3), ONE_MORE_BLOCK)
 KEYS_KEPT = Sweep((32, 64, 128), (64, 128), (4, 8), (2, 3), ONE_MORE_BLOCK)
-# Whole rows. Two stages share one buffer and overlap nothing within a block; three do, and so do more, smaller blocks.
+# Whole rows. Two stages share one buffer, so that nothing overlaps within a block; with three, copies do.
 ROWS = Sweep((1, 2, 4, 8, 16), (0,), (4, 8, 16), (1, 2, 3))
 PARTIALS = Sweep((32, 64, 128), (16, 32, 64), (4, 8))
 GATHER = Sweep((1, 4, 8, 16), (128, 256, 512, 1024), (4, 8))
