@@ -94,10 +94,7 @@ def toy(device):
             baselines=lambda: {
                 name: variant if callable(variant) else timed(*variant) for name, variant in baselines.items()
             },
-            costs=lambda n_rows, n_cols, itemsize: (
-                Cost(2 * n_rows * n_cols * itemsize, n_rows * n_cols),
-                Cost(2 * n_rows * n_cols * itemsize, n_rows * n_cols),
-            ),
+            costs=lambda n_rows, n_cols, itemsize: (Cost(2 * n_rows * n_cols * itemsize, n_rows * n_cols),) * 2,
         )
 
     return make

@@ -17,7 +17,7 @@ TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=1, n_head=2, n_embd=32)
 def steps(device, monkeypatch):
     """Measure variants of a tiny network, each step of which takes 7 ms."""
     monkeypatch.setitem(variants.PRESETS, "tiny", TINY)
-    monkeypatch.setattr(harness, "ROUNDS", (2, 2))
+    monkeypatch.setattr(harness, "ROUNDS", (1, 1))
     monkeypatch.setattr(harness, "WARM_UP", 1)
     original = variants.training_step
 
@@ -36,7 +36,8 @@ def steps(device, monkeypatch):
 
 
 @needs_interpreter  # test_gpu.py times them on a GPU
-def test_every_variant_makes_steps(steps, monkeypatch):
+def test_every_variant_makes_steps(steps, device, monkeypatch):
+    device.gpu = "NVIDIA H100 80GB HBM3"
     monkeypatch.setattr(variants, "PASSES", 1)
     rows = {row.variant: row for row in steps(*variants.VARIANTS) if row.op == "step"}
     assert list(rows) == list(variants.VARIANTS)
@@ -44,26 +45,7 @@ def test_every_variant_makes_steps(steps, monkeypatch):
         assert row.p50 == pytest.approx(7.0, rel=1e-4), row.note
         assert (row.shape, row.dtype, row.note) == ("tiny 2×8", "float32", "peak 25.0 GB")
         assert row.flops == variants.flops_per_token(TINY, 8) * 16
-
-
-def test_the_mfu_is_of_the_peak_of_the_gpu(steps, device):
-    device.gpu = "NVIDIA H100 80GB HBM3"
-    (row,) = (row for row in steps("eager") if row.op == "step")
-    assert row.percent == pytest.approx(100 * row.flops / 7e-3 / 66.9e12, rel=1e-3)
-
-
-def test_a_variant_that_does_not_fit_is_noted(steps, monkeypatch):
-    original = variants.build
-
-    def build(variant, *args):
-        if variant.backend == "sdpa":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(variant, *args)
-
-    monkeypatch.setattr(variants, "build", build)
-    rows = {row.variant: row for row in steps("eager", "sdpa") if row.op == "step"}
-    assert (rows["sdpa"].p50, rows["sdpa"].note) == (None, "out of memory")
-    assert rows["eager"].p50
+        assert row.percent == pytest.approx(100 * row.flops / 7e-3 / 66.9e12, rel=1e-3)  # MFU
 
 
 def test_one_network_is_alive_at_a_time(steps, monkeypatch):
@@ -101,22 +83,14 @@ def test_a_drift_of_the_clock_meets_every_variant(steps, device, monkeypatch):
 
     monkeypatch.setattr(variants, "build", slower)
     rows = [row for row in steps("eager", "sdpa") if row.op == "step"]
-    assert [(row.p20, row.p50, row.p80) for row in rows] == [pytest.approx((7.0, 10.5, 14.0), rel=1e-4)] * 2
+    assert [(row.p20, row.p50, row.p80) for row in rows] == [pytest.approx((8.4, 10.5, 12.6), rel=1e-4)] * 2
 
 
-def test_a_variant_that_fails_late_has_no_time(steps, monkeypatch):
-    original = variants.build
-    built = []
-
-    def build(*args):
-        built.append(args)
-        if len(built) > 1:
-            raise RuntimeError("no luck")
-        return original(*args)
-
-    monkeypatch.setattr(variants, "build", build)
+def test_a_variant_that_fails_in_the_second_pass_has_no_time(steps, monkeypatch):
+    builds = iter([variants.build])
+    monkeypatch.setattr(variants, "build", lambda *args: next(builds)(*args))
     (row,) = steps("eager")
-    assert (row.p50, row.note) == (None, "failed: RuntimeError: no luck")
+    assert (row.p50, row.note) == (None, "failed: StopIteration: ")
 
 
 def test_what_no_kernel_accounts_for_is_idle(steps, tmp_path):
@@ -140,11 +114,9 @@ def test_what_no_kernel_accounts_for_is_idle(steps, tmp_path):
         ("void (anonymous namespace)::softmax_warp_forward<float, float, float, 10, false, false>", "attention"),
         ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float, SoftMaxForwardEpilogue>", "attention"),
         ("_layer_norm_bwd_kernel", "norm"),
-        ("aten::native_layer_norm_backward", "norm"),
         ("void at::native::vectorized_layer_norm_kernel<float, float>", "norm"),
         ("void at::native::GammaBetaBackwardCUDAKernelTemplate<float>", "norm"),
         ("_gelu_fwd_kernel", "GELU"),
-        ("aten::tanh_backward", "GELU"),
         ("_linear_cross_entropy_kernel", "loss"),
         ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<8, float, LogSoftMaxForwardEpilogue>", "loss"),
         ("aten::_log_softmax", "loss"),
@@ -156,7 +128,6 @@ def test_what_no_kernel_accounts_for_is_idle(steps, tmp_path):
         ("Memcpy DtoD (Device -> Device)", "copies and casts"),
         ("void at::native::unrolled_elementwise_kernel<direct_copy_kernel_cuda>", "copies and casts"),
         ("void at::native::reduce_kernel<128, 4>", "other"),
-        ("aten::add", "other"),
     ],
 )
 def test_names_belong_to_parts(name, part):
