@@ -123,8 +123,8 @@ def test_cross_entropy_reads_logits_twice_and_writes_them_once():
     forward, backward = count_both(
         lambda logits: cross_entropy.cross_entropy(logits[:, :VOCABULARY], targets), normal(n_rows, PADDED)
     )
-    assert show("cross_entropy", forward, cross_entropy.forward_cost(n_rows, VOCABULARY, 2)) < 1.01
-    assert show("cross_entropy, backward", backward, cross_entropy.backward_cost(n_rows, VOCABULARY, 2)) < 1.01
+    assert 0.99 < show("cross_entropy", forward, cross_entropy.forward_cost(n_rows, VOCABULARY, 2)) < 1.01
+    assert 0.99 < show("cross_entropy, backward", backward, cross_entropy.backward_cost(n_rows, VOCABULARY, 2)) < 1.01
     with counting() as head:
         hidden, weight = (normal(n, 16).requires_grad_() for n in (n_rows, VOCABULARY))
         cross_entropy.linear_cross_entropy(hidden, weight, targets)

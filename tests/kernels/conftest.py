@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton.runtime.interpreter
 
 from kernels import accuracy
 from tests.conftest import DEVICE
@@ -16,11 +17,24 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, mean:
     return (mean + std * torch.randn(shape, generator=generator)).to(DEVICE, dtype)
 
 
+def far_apart(near: torch.Tensor) -> torch.Tensor:
+    """The same numbers in rows 2^30 elements apart. No memory is committed for what lies between."""
+    return torch.empty_strided(near.shape, (2**30, 1), dtype=near.dtype, device=DEVICE).copy_(near)
+
+
 def assert_no_worse(comparisons: list[accuracy.Comparison]) -> None:
     """Fail with every line that is off, and on an empty list."""
     assert comparisons
     off = [f"{c.name}: {c.error:.3e} > {c.tolerance:.3e} (eager {c.eager_error:.3e})" for c in comparisons if not c.ok]
     assert not off, "; ".join(off)
+
+
+@pytest.fixture
+def overflow_is_reported(monkeypatch):
+    """An offset that overflows int32 would read whatever is there; the interpreter can report it."""
+    if DEVICE == "cpu":
+        options = triton.runtime.interpreter.InterpreterOptions(debug=True)
+        monkeypatch.setattr(triton.runtime.interpreter.interpreter_builder, "options", options)
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,12 @@ import sys
 
 import pytest
 import torch
-import triton.runtime.interpreter
 
 from kernels import accuracy, eager, launch
 from kernels import embedding as kernel_file
 from kernels.embedding import embedding
 from tests.conftest import ROOT, needs_interpreter
-from tests.kernels.conftest import DEVICE, assert_no_worse, dtypes, normal
+from tests.kernels.conftest import DEVICE, assert_no_worse, dtypes, far_apart, normal
 
 SHAPES = {  # B, T, C, V, block_size
     "no multiples": (9, 17, 300, 50, 20),
@@ -49,14 +48,6 @@ def test_weights_of_two_dtypes():
     inputs["position_weight"] = inputs["position_weight"].bfloat16()
     assert_no_worse_than_eager(inputs, normal(3, 5, 40, seed=2))
     assert embedding(*inputs.values()).dtype == torch.float32
-
-
-def test_what_was_not_there_gets_exactly_nothing():
-    inputs = inputs_of(2, 3, 40, 50, 7)
-    results = accuracy.outputs_and_gradients(embedding, inputs, [normal(2, 3, 40, mean=9.0)])
-    assert not results["dposition_weight"][3:].any() and results["dposition_weight"][:3].all()
-    there = torch.zeros(50, dtype=torch.bool, device=DEVICE).index_fill(0, inputs["idx"].flatten(), True)
-    assert not results["dtoken_weight"][~there].any() and results["dtoken_weight"][there].all()
 
 
 IDS = {
@@ -96,7 +87,7 @@ def test_gradients_of_any_strides(view):
 
 
 @needs_interpreter  # on a GPU it is an assertion on the device, after which the process is of no more use
-@pytest.mark.parametrize("wrong", [50, 100, -1, -5, 2**40, -(2**40)])
+@pytest.mark.parametrize("wrong", [50, -1, 2**40, -(2**40)])
 def test_an_id_out_of_range(wrong):
     inputs = inputs_of(9, 5, 300, 50, 6)
     inputs["idx"][8, 2] = wrong
@@ -170,8 +161,8 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *w: embedding(idx, *w), weights)
 
 
-@dtypes
-def test_opcheck(dtype):
+def test_opcheck():
+    dtype = torch.bfloat16
     idx, *weights = inputs_of(3, 4, 5, 6, 7, dtype=dtype).values()
     torch.library.opcheck(torch.ops.tritongpt.embedding, (idx, *(w.requires_grad_() for w in weights)))
     for needs in ((True, True), (True, False), (False, True)):
@@ -196,15 +187,8 @@ def test_run_to_run_and_a_second_backward(B):
     assert all(map(torch.equal, first, second)) and all(map(torch.equal, first, third))
 
 
-def test_rows_that_are_far_apart(monkeypatch):
-    if DEVICE == "cpu":  # where an overflow would read whatever is there; this reports it
-        options = triton.runtime.interpreter.InterpreterOptions(debug=True)
-        monkeypatch.setattr(triton.runtime.interpreter.interpreter_builder, "options", options)
-
-    def far_apart(near):
-        far = torch.empty_strided(near.shape, (2**30, 1), dtype=near.dtype, device=DEVICE)  # nothing else is touched
-        return far.copy_(near)
-
+@pytest.mark.usefixtures("overflow_is_reported")
+def test_rows_that_are_far_apart():
     inputs = inputs_of(3, 3, 40, 3, 3)
     inputs["idx"] = torch.tensor([[2, 1, 0], [0, 1, 2], [2, 2, 2]], dtype=torch.int32, device=DEVICE)
     want = eager.embedding(*inputs.values())

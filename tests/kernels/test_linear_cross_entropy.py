@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kernels import accuracy, cross_entropy, eager
 from kernels.cross_entropy import linear_cross_entropy
 from tests.conftest import needs_interpreter
-from tests.kernels.conftest import DEVICE, DTYPES, assert_no_worse, dtypes, normal
+from tests.kernels.conftest import DEVICE, DTYPES, assert_no_worse, normal
 from tests.kernels.test_cross_entropy import here_and_there, ids, reference
 
 OPS = torch.ops.tritongpt
@@ -57,17 +57,23 @@ CASES = {
     "confident": lambda dtype: inputs(11, 61, 16, dtype, std=30.0),
     "some ignored": lambda dtype: ignoring(inputs(14, 61, 16, dtype), here_and_there),
     "a chunk ignored": lambda dtype: ignoring(inputs(10, 61, 16, dtype), lambda t: t.index_fill(0, t[:0] + 4, -1)),
-    "all ignored": lambda dtype: ignoring(inputs(5, 61, 16, dtype), lambda t: t - t - 1),
     "one row": lambda dtype: inputs(1, 61, 16, dtype),
     "one class": lambda dtype: inputs(5, 1, 16, dtype),
     "no rows": lambda dtype: inputs(0, 61, 16, dtype),
 }
+NARROW = ("rows that no chunk divides", "the vocabulary", "confident", "some ignored")
 
 
-@dtypes
-@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
-def test_numbers(make, dtype):
-    given = make(dtype)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, DTYPES["fp32"]) for name in CASES),
+        *((name, dtype) for name in NARROW for dtype in (DTYPES["fp16"], DTYPES["bf16"])),
+    ],
+    ids=str,
+)
+def test_numbers(name, dtype):
+    given = CASES[name](dtype)
     three = torch.tensor(3.0, device=DEVICE)
     comparisons = accuracy.compare_op(
         linear_cross_entropy, linear_reference, given, [three], {"dweight": len(given["targets"])}
@@ -231,15 +237,6 @@ def test_nothing_is_multiplied_for_nobody(needs_dhidden, needs_dweight, enabled,
             torch.testing.assert_close(given[name].grad, want[name])
 
 
-def test_the_gradient_has_no_gradient():
-    given = inputs(5, 61, 16)
-    given["hidden"].requires_grad_()
-    factor = torch.tensor(2.0, device=DEVICE, requires_grad=True)
-    loss = factor * linear_cross_entropy(*given.values())
-    with pytest.raises(RuntimeError, match="cannot be differentiated"):
-        torch.autograd.grad(loss, given["hidden"], create_graph=True)
-
-
 def test_gradcheck():
     targets = torch.tensor([1, -1, 0, 2, 2], device=DEVICE)
     hidden, weight = (normal(n, 2, dtype=torch.float64).requires_grad_() for n in (5, 3))
@@ -337,24 +334,6 @@ def test_memory(width, monkeypatch):
     assert logits / 16 < peak - gradients <= logits / 8
     hidden.grad = weight.grad = None
     assert peak_bytes(lambda: eager.linear_cross_entropy(*given.values()).backward()) - gradients > logits
-
-
-def test_memory_in_16_bits(monkeypatch):
-    """The copy of weight and the wider dhidden are in the eighth."""
-    monkeypatch.undo()
-    for name in ("_launch", "_matmul"):  # on a GPU neither allocates
-        monkeypatch.setattr(cross_entropy, name, lambda *args, **kwargs: None)
-    given = inputs(3200, 5001, 64)
-    given["hidden"] = given["hidden"].bfloat16()
-    for name in ("hidden", "weight"):
-        given[name].requires_grad_()
-
-    def step():
-        with torch.autocast(DEVICE, torch.bfloat16):
-            linear_cross_entropy(*given.values()).backward()
-
-    logits, gradients = 2 * 3200 * 5001, 64 * (2 * 3200 + 4 * 5001)
-    assert logits / 16 < peak_bytes(step) - gradients <= logits / 8
 
 
 def test_backward_makes_the_gradients_and_nothing_else(monkeypatch):

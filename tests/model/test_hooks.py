@@ -12,76 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.modules import module as of_all
 
 from kernels.ops import EAGER, Ops
 from model.gpt import GPT, GPTConfig
 from tests.conftest import DEVICE, TRITON
+from tests.model.plain import PlainGPT2
 from training import distributed
 
 CONFIG = GPTConfig(block_size=6, vocab_size=13, n_layer=2, n_head=2, n_embd=8)
 KINDS = ("forward_pre", "forward", "full_backward", "full_backward_pre")
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # ids have no gradient
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On tensors this small, threads cost more than they help: 16 times as much where cores are few and busy."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
-class PlainAttention(nn.Module):
-    def __init__(self, C: int):
-        super().__init__()
-        self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-
-    def forward(self, x):
-        return self.c_proj(EAGER.attention(self.c_attn(x), CONFIG.n_head))
-
-
-class PlainMLP(nn.Module):
-    def __init__(self, C: int):
-        super().__init__()
-        self.c_fc, self.c_proj = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
-
-    def forward(self, x):
-        return self.c_proj(EAGER.gelu(self.c_fc(x)))
-
-
-class PlainBlock(nn.Module):
-    def __init__(self, C: int):
-        super().__init__()
-        self.ln_1, self.attn, self.ln_2, self.mlp = nn.LayerNorm(C), PlainAttention(C), nn.LayerNorm(C), PlainMLP(C)
-
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-
-
-class PlainGPT2(nn.Module):
-    """As nanoGPT has it: each module is called by itself."""
-
-    def __init__(self, weights: dict[str, torch.Tensor]):
-        super().__init__()
-        C, V = CONFIG.n_embd, CONFIG.vocab_size
-        embeddings = {"wte": nn.Embedding(V, C), "wpe": nn.Embedding(CONFIG.block_size, C)}
-        blocks = nn.ModuleList(PlainBlock(C) for _ in range(CONFIG.n_layer))
-        self.transformer: Any = nn.ModuleDict({**embeddings, "h": blocks, "ln_f": nn.LayerNorm(C)})
-        self.lm_head = nn.Linear(C, V, bias=False)
-        self.lm_head.weight = embeddings["wte"].weight
-        self.load_state_dict(weights)
-
-    def forward(self, idx, targets, return_logits=True):
-        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(idx.shape[1], device=idx.device))
-        for block in self.transformer.h:
-            x = block(x)
-        logits = self.lm_head(self.transformer.ln_f(x))
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return (logits if return_logits else None), loss
 
 
 def network(backend: Ops, level: int) -> GPT:
@@ -96,7 +37,7 @@ def network(backend: Ops, level: int) -> GPT:
 
 
 def plain() -> PlainGPT2:
-    return PlainGPT2(network(EAGER, 0).state_dict()).to(DEVICE)
+    return PlainGPT2(network(EAGER, 0).state_dict(), CONFIG).to(DEVICE)
 
 
 NAMES = [name for name, module in plain().named_modules() if not isinstance(module, nn.ModuleDict | nn.ModuleList)]

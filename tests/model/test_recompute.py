@@ -1,11 +1,10 @@
-"""Activation recomputation: bitwise identical, and no more saved than promised."""
+"""Activation recomputation: bitwise identical. tests/budgets counts what it saves."""
 
 import pytest
 import torch
 
 from kernels.ops import EAGER
 from model.gpt import GPT
-from model.recompute import Linear, OpCall
 from tests.conftest import TINY
 
 
@@ -41,32 +40,5 @@ def test_the_same_bits(level, dtype, compiled):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_on_the_meta_device(level):
-    gpt = GPT(TINY, EAGER).to("meta")
-    gpt.set_recompute(level)
-    idx = torch.zeros((3, 5), dtype=torch.int64, device="meta")
-    logits, loss = gpt(idx, idx)
-    assert logits.is_meta and logits.shape == (3, 5, TINY.vocab_size) and loss.shape == ()
-    loss.backward()
-    assert all(param.grad.is_meta and param.grad.shape == param.shape for param in gpt.parameters())
-
-
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_losses_of_a_run(run_tiny, level):
-    assert run_tiny(recompute=level).losses == run_tiny().losses
-
-
-def test_what_a_layer_saves():
-    """With recompute_from a Linear saves the inputs of that call; without it, its own input."""
-    layer, source = Linear(6, 5), torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        x = torch.tanh(source)
-        saved.clear()
-        layer(x, OpCall(torch.tanh, (source,)))
-        assert not any(tensor is x or tensor.data_ptr() == x.data_ptr() for tensor in saved)
-        assert any(tensor is source for tensor in saved)
-        saved.clear()
-        layer(x)
-        assert any(tensor.data_ptr() == x.data_ptr() for tensor in saved)
+def test_losses_of_a_run(run_tiny):
+    assert run_tiny(recompute=1).losses == run_tiny(recompute=2).losses == run_tiny().losses
