@@ -647,9 +647,9 @@ def test_fuzz(reader, examples, run, saved, model, tiny, tmp_path, memory_mib, c
             assert line.isprintable() and len(line) < 2000
             counts["refused"] += 1
 
-    options = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": [*HealthCheck]}
-
-    @settings(max_examples=examples, **options)
+    @settings(
+        max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck]
+    )
     @given(IN_BYTES if change is change_bytes else IN_JSON)
     def check(changes):
         attempt(change(content, changes))

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -110,7 +111,7 @@ def _start_server() -> None:
             os.environ["TRITON_INTERPRET"] = before
 
 
-def _process(number: int, folder: Path, target: Callable, options: tuple) -> multiprocessing.Process:
+def _process(number: int, folder: Path, target: Callable, options: tuple) -> BaseProcess:
     for kind in ("out", "err"):
         (folder / f"{kind}_{number}").write_text("")
     process = _CONTEXT.Process(target=_printing_to_files, args=(number, folder, target, options))
