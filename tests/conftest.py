@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,34 +141,5 @@ def run_tiny(tiny, tmp_path, capsys):
         status = train.main(command_line(tiny | {"--output_dir": output_dir} | given))
         assert status == expect_status
         return Run(Path(given.get("--output_dir", output_dir)), capsys.readouterr().out)
-
-    return run
-
-
-def torchrun(ranks: int, script: str | Path, flags: dict, *options: str) -> subprocess.CompletedProcess:
-    """Run a script with {"--flag": value} under torchrun, with so many ranks, and wait for it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
-    return subprocess.run(
-        [*command, str(script), *command_line(flags)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
-@pytest.fixture
-def torchrun_tiny(tiny, tmp_path):
-    """Run train.py on the tiny network under torchrun, with so many gloo ranks."""
-
-    numbers = itertools.count()
-
-    def run(ranks: int, **flags) -> Run:
-        output_dir = tmp_path / f"torchrun{next(numbers)}"
-        given = tiny | {"--output_dir": output_dir} | {f"--{name}": value for name, value in flags.items()}
-        done = torchrun(ranks, "train.py", given)
-        assert done.returncode == 0, done.stderr
-        return Run(output_dir, done.stdout)
 
     return run

@@ -129,10 +129,8 @@ for folder in ("shards", "export"):
 
 
 def can_unshare(*options: str) -> bool:
-    return (
-        bool(shutil.which("unshare"))
-        and not subprocess.run(["unshare", *options, "true"], capture_output=True).returncode
-    )
+    command = ["unshare", *options, "true"]
+    return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.mark.skipif(not can_unshare("--mount"), reason="this user may not make a mount namespace")
@@ -142,25 +140,15 @@ def test_output_folders_that_are_mount_points(tmp_path):
     for name in ("shards", "export"):
         (tmp_path / name).mkdir()
     mount = 'for name in shards export; do mount -t tmpfs none "$1/$name" || exit 99; done; exec "$2" -c "$3" "$1"'
-    done = subprocess.run(
-        [
-            "unshare",
-            "--mount",
-            "--propagation",
-            "private",
-            "sh",
-            "-c",
-            mount,
-            "sh",
-            tmp_path,
-            sys.executable,
-            IN_MOUNTS,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [
+        *["unshare", "--mount", "--propagation", "private", "sh", "-c"],
+        mount,
+        "sh",
+        tmp_path,
+        sys.executable,
+        IN_MOUNTS,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     if done.returncode == 99:
         pytest.skip("this user may not mount")
     assert done.returncode == 0, done.stderr

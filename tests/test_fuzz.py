@@ -31,6 +31,7 @@ from model import hf, llmc
 from model.gpt import GPT, GPTConfig
 from model.load import load
 from tests.conftest import TINY, command_line
+from tests.training.conftest import make_sums_fit
 from training import checkpoint
 from training.checkpoint import Checkpoints, TrainState
 from training.config import Resume
@@ -89,6 +90,18 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def copied(model, tmp_path) -> Path:
+    """The same, in a folder that a test may change."""
+    return Path(shutil.copytree(model, tmp_path / "model"))
+
+
+def configure(model: Path, **fields) -> None:
+    """Change fields of its config.json."""
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 def tensors_of(model: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -108,13 +121,6 @@ def split(model: Path) -> None:
 def into_bin(model: Path, zipped: bool = True) -> None:
     torch.save(tensors_of(model), model / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     (model / "model.safetensors").unlink()
-
-
-def make_sums_fit(folder: Path) -> None:
-    """What somebody does who changes a checkpoint on purpose."""
-    names = [".metadata", "state.json", *(path.name for path in folder.glob("*.distcp"))]
-    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    (folder / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 
 def new_state() -> TrainState:
@@ -232,66 +238,59 @@ def test_file_that_is_named_is_a_regular_one_behind_all_links(tmp_path, read, na
     assert "it is no regular file" in refusal(read, str(tmp_path / "link.bin"))
 
 
-def metadata_of(saved: Path):
-    with open(saved / ".metadata", "rb") as file:
-        return pickle.load(file)
+@contextlib.contextmanager
+def changed_metadata(folder: Path):
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    yield metadata
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def pickle_in_metadata(folder: Path, marker: Path) -> None:
-    metadata = metadata_of(folder)
-    metadata.planner_data = Bomb(marker)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with changed_metadata(folder) as metadata:
+        metadata.planner_data = Bomb(marker)
 
 
 def pickle_behind_metadata(folder: Path, marker: Path) -> None:
     """DCP unpickles, without any limits, what its metadata calls bytes."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-    metadata = metadata_of(folder)
-    name = next(iter(metadata.state_dict_metadata))
     content = io.BytesIO()
     torch.save(Bomb(marker), content)
     with open(folder / "__0_0.distcp", "ab") as file:
         at = file.tell()
         file.write(content.getvalue())
-    info = next(iter(metadata.storage_data.values()))
-    metadata.state_dict_metadata[name] = BytesStorageMetadata()
-    metadata.storage_data[MetadataIndex(name)] = type(info)(info.relative_path, at, len(content.getvalue()))
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with changed_metadata(folder) as metadata:
+        name, info = next(iter(metadata.state_dict_metadata)), next(iter(metadata.storage_data.values()))
+        metadata.state_dict_metadata[name] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(name)] = type(info)(info.relative_path, at, len(content.getvalue()))
 
 
 def pickle_in_distcp(folder: Path, marker: Path) -> None:
-    metadata = metadata_of(folder)
-    content = io.BytesIO()
-    torch.save(Bomb(marker), content)
-    (folder / "__0_0.distcp").write_bytes(content.getvalue())
-    for info in metadata.storage_data.values():
-        info.offset, info.length = 0, len(content.getvalue())
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    torch.save(Bomb(marker), folder / "__0_0.distcp")
+    with changed_metadata(folder) as metadata:
+        for info in metadata.storage_data.values():
+            info.offset, info.length = 0, (folder / "__0_0.distcp").stat().st_size
 
 
 def path_in_metadata(name: str):
     def plant(folder: Path, marker: Path) -> None:
         shutil.copy(folder / "__0_0.distcp", folder.parent / "outside.distcp")
-        metadata = metadata_of(folder)
-        for info in metadata.storage_data.values():
-            info.relative_path = str(folder.parent / "outside.distcp") if name == "absolute" else name
-        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        with changed_metadata(folder) as metadata:
+            for info in metadata.storage_data.values():
+                info.relative_path = str(folder.parent / "outside.distcp") if name == "absolute" else name
 
     return plant
 
 
 def transform_in_metadata(folder: Path, marker: Path) -> None:
-    metadata = metadata_of(folder)
-    for info in metadata.storage_data.values():
-        info.transform_descriptors = ["stream.zstd"]
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with changed_metadata(folder) as metadata:
+        for info in metadata.storage_data.values():
+            info.transform_descriptors = ["stream.zstd"]
 
 
 def part_left_out_of_metadata(folder: Path, marker: Path) -> None:
-    metadata = metadata_of(folder)
-    metadata.state_dict_metadata["model.transformer.wte.weight"].chunks.clear()
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with changed_metadata(folder) as metadata:
+        metadata.state_dict_metadata["model.transformer.wte.weight"].chunks.clear()
 
 
 def huge_index_in_metadata(folder: Path, marker: Path) -> None:
@@ -336,9 +335,8 @@ CODE = "import pathlib; pathlib.Path({marker!r}).touch()\n"
 
 
 def foreign_code(folder: Path, marker: Path, model_type: str = "mine") -> None:
-    config = json.loads((folder / "config.json").read_text())
     remote = {"AutoConfig": "code.MyConfig", "AutoModelForCausalLM": "code.MyModel"}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type, "auto_map": remote}))
+    configure(folder, model_type=model_type, auto_map=remote)
     (folder / "code.py").write_text(CODE.format(marker=str(marker)))
 
 
@@ -380,24 +378,18 @@ def storage_of_another_size(folder: Path, marker: Path) -> None:
         (storage_of_another_size, "cannot load this folder: pytorch_model.bin"),
     ],
 )
-def test_crafted_model_runs_nothing(model, tmp_path, monkeypatch, plant, told):
-    folder = tmp_path / "model"
-    shutil.copytree(model, folder)
-    plant(folder, tmp_path / "marker")
+def test_crafted_model_runs_nothing(copied, tmp_path, monkeypatch, plant, told):
+    plant(copied, tmp_path / "marker")
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\ny\n"))
-    assert told in refusal(load, str(folder))
+    assert told in refusal(load, str(copied))
     assert sys.stdin.tell() == 0 and not (tmp_path / "marker").exists()
 
 
-def test_names_of_code_in_a_configuration_of_ours_are_not_looked_at(model, tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    shutil.copytree(model, folder)
-    foreign_code(folder, tmp_path / "marker", "gpt2")
-    fields = json.loads((folder / "config.json").read_text())
-    fields |= {"attn_implementation": "kernels-community/flash-attn", "_attn_implementation_internal": "x/y"}
-    (folder / "config.json").write_text(json.dumps(fields))
+def test_names_of_code_in_a_configuration_of_ours_are_not_looked_at(copied, tmp_path, monkeypatch):
+    foreign_code(copied, tmp_path / "marker", "gpt2")
+    configure(copied, attn_implementation="kernels-community/flash-attn", _attn_implementation_internal="x/y")
     monkeypatch.setattr("socket.socket", None)  # nobody is asked
-    assert load(str(folder)).config.n_embd == 4
+    assert load(str(copied)).config.n_embd == 4
     assert not (tmp_path / "marker").exists()
 
 
@@ -423,26 +415,20 @@ def memory_mib():
         ({"n_embd": True}, "n_embd is True"),
     ],
 )
-def test_configuration_of_a_network_that_is_not_there(model, tmp_path, memory_mib, sizes, told):
-    folder = tmp_path / "model"
-    shutil.copytree(model, folder)
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | sizes))
-    assert told in refusal(load, str(folder))
+def test_configuration_of_a_network_that_is_not_there(copied, memory_mib, sizes, told):
+    configure(copied, **sizes)
+    assert told in refusal(load, str(copied))
     assert memory_mib() < 500
 
 
-def test_tensors_that_share_few_bytes(model, tmp_path):
+def test_tensors_that_share_few_bytes(copied):
     """30 million ids out of one row."""
-    folder = tmp_path / "model"
-    shutil.copytree(model, folder)
-    tensors = tensors_of(folder)
+    tensors = tensors_of(copied)
     tensors["transformer.wte.weight"] = torch.zeros(1, 4).expand(30_000_000, 4)
-    torch.save(tensors, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"vocab_size": 30_000_000}))
-    assert "is not in its storage" in refusal(load, str(folder))
+    torch.save(tensors, copied / "pytorch_model.bin")
+    (copied / "model.safetensors").unlink()
+    configure(copied, vocab_size=30_000_000)
+    assert "is not in its storage" in refusal(load, str(copied))
 
 
 def test_sparse_files_that_fit_their_headers(tmp_path, memory_mib):
@@ -467,24 +453,20 @@ def test_sparse_files_that_fit_their_headers(tmp_path, memory_mib):
 
 
 def test_layers_by_the_thousand_in_a_small_file(tmp_path):
-    config = SimpleNamespace(block_size=1, vocab_size=1, n_layer=10_000, n_head=1, n_embd=1)
     header = np.zeros(256, "<i4")
-    header[:8] = llmc.MODEL_MAGIC, 3, 1, 1, config.n_layer, 1, 1, 128
-    n_elements = 128 + 1 + 25 * config.n_layer + 2
+    header[:8] = llmc.MODEL_MAGIC, 3, 1, 1, 10_000, 1, 1, 128
+    n_elements = 128 + 1 + 25 * 10_000 + 2
     (tmp_path / "deep.bin").write_bytes(header.tobytes() + bytes(4 * n_elements))
     assert "n_layer is 10000" in refusal(load, str(tmp_path / "deep.bin"))
 
 
-def test_characters_that_control_a_terminal_are_written_as_escapes(model, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(model, folder)
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"activation_function": "\x1b[2J\x07"}))
-    assert "\\x1b" in refusal(load, str(folder))
-    tensors = tensors_of(folder) | {"transformer.\x1b]0;x\x07": torch.ones(1)}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(fields))
-    assert "\\x1b" in refusal(load, str(folder))
+def test_characters_that_control_a_terminal_are_written_as_escapes(copied):
+    configure(copied, activation_function="\x1b[2J\x07")
+    assert "\\x1b" in refusal(load, str(copied))
+    tensors = tensors_of(copied) | {"transformer.\x1b]0;x\x07": torch.ones(1)}
+    save_file(tensors, copied / "model.safetensors")
+    configure(copied, activation_function="gelu_new")
+    assert "\\x1b" in refusal(load, str(copied))
 
 
 def test_model_in_the_hubs_cache_is_read_through_its_links(model, tmp_path, monkeypatch):
@@ -508,12 +490,10 @@ def test_model_in_the_hubs_cache_is_read_through_its_links(model, tmp_path, monk
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_weights_are_the_same_as_others(model, tmp_path, zipped):
-    folder = tmp_path / "model"
-    shutil.copytree(model, folder)
-    into_bin(folder, zipped)
+def test_pickled_weights_are_the_same_as_others(model, copied, zipped):
+    into_bin(copied, zipped)
     expected = load(str(model)).state_dict()
-    for name, tensor in load(str(folder)).state_dict().items():
+    for name, tensor in load(str(copied)).state_dict().items():
         assert torch.equal(tensor, expected[name]), name
 
 
@@ -611,6 +591,10 @@ def with_scale(folder: Path) -> None:
     (folder / "state.json").write_text(json.dumps(record | {"scaler": scaler.state_dict()}))
 
 
+def into_bin_in_a_row(folder: Path) -> None:
+    into_bin(folder, zipped=False)
+
+
 def nothing(folder: Path) -> None:
     pass
 
@@ -622,13 +606,7 @@ READERS: dict[str, tuple] = {
     "SHA256SUMS": ("saved", "SHA256SUMS", change_bytes, nothing, resume),
     ".metadata": ("saved", ".metadata", change_bytes, nothing, resume),
     ".distcp": ("saved", "__0_0.distcp", change_bytes, nothing, resume),
-    "config.json of a run": (
-        "run",
-        "config.json",
-        change_json,
-        nothing,
-        read_run_config,
-    ),
+    "config.json of a run": ("run", "config.json", change_json, nothing, read_run_config),
     "logs": ("run", "metrics.jsonl", change_bytes, nothing, read_logs),
     "model.bin": ("run", "model.bin", change_bytes, nothing, llmc.load_model),
     "config.json of a model": ("model", "config.json", change_json, nothing, from_pretrained),
@@ -637,33 +615,22 @@ READERS: dict[str, tuple] = {
     "safetensors, header": ("model", "model.safetensors", change_header, nothing, from_pretrained),
     "safetensors, bytes": ("model", "model.safetensors", change_bytes, nothing, from_pretrained),
     "pytorch_model.bin": ("model", "pytorch_model.bin", change_bytes, into_bin, from_pretrained),
-    "pytorch_model.bin in a row": (
-        "model",
-        "pytorch_model.bin",
-        change_bytes,
-        lambda folder: into_bin(folder, zipped=False),
-        from_pretrained,
-    ),
+    "pytorch_model.bin in a row": ("model", "pytorch_model.bin", change_bytes, into_bin_in_a_row, from_pretrained),
 }
 
 
-def fuzz(reader: str, folders: dict[str, Path], folder: Path, shards: Path, examples: int) -> tuple[dict, int]:
-    """Change a file again and again, and read it; how often it was read and refused, and its largest size."""
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("examples", [60, pytest.param(1500, marks=pytest.mark.slow)])
+def test_fuzz(reader, examples, run, saved, model, tiny, tmp_path, memory_mib, capfd):
+    """Change a file again and again, and read it."""
     source, file, change, prepare, read = READERS[reader]
-    folder = folder / f"step_{STEP}"
-    shutil.copytree(folders[source], folder)
+    folder = tmp_path / f"step_{STEP}"
+    shutil.copytree({"run": run, "saved": saved, "model": model}[source], folder)
     prepare(folder)
-    for shard in shards.glob("train_*"):
+    for shard in Path(tiny["--input_bin"]).parent.glob("train_*"):
         (folder / shard.name).symlink_to(shard)
     content = (folder / file).read_bytes()
     counts, largest = {"read": 0, "refused": 0}, len(content)
-
-    @settings(
-        max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck]
-    )
-    @given(IN_BYTES if change is change_bytes else IN_JSON)
-    def check(changes):
-        attempt(change(content, changes))
 
     def attempt(changed):
         nonlocal largest
@@ -680,28 +647,18 @@ def fuzz(reader: str, folders: dict[str, Path], folder: Path, shards: Path, exam
             assert line.isprintable() and len(line) < 2000
             counts["refused"] += 1
 
+    @settings(
+        max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck]
+    )
+    @given(IN_BYTES if change is change_bytes else IN_JSON)
+    def check(changes):
+        attempt(change(content, changes))
+
     read(folder)  # it is the changes that are refused
     attempt(content[: len(content) // 2])  # whichever changes a version of hypothesis draws, this one is in them
     check()
-    return counts, largest
-
-
-def check_fuzz(reader, run, saved, model, tiny, tmp_path, memory_mib, capfd, examples):
-    folders = {"run": run, "saved": saved, "model": model}
-    counts, largest = fuzz(reader, folders, tmp_path, Path(tiny["--input_bin"]).parent, examples)
     with capfd.disabled():
         print(f"\n{reader}: {counts['read']} read, {counts['refused']} refused", end=" ")
     assert sum(counts.values()) >= examples // 2
     assert counts["refused"] or reader == "logs"  # there a line that is none is left out
     assert memory_mib() < 3 * largest / 2**20 + 500
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_fuzz(reader, run, saved, model, tiny, tmp_path, memory_mib, capfd):
-    check_fuzz(reader, run, saved, model, tiny, tmp_path, memory_mib, capfd, 60)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", READERS)
-def test_long_fuzz(reader, run, saved, model, tiny, tmp_path, memory_mib, capfd):
-    check_fuzz(reader, run, saved, model, tiny, tmp_path, memory_mib, capfd, 1500)

@@ -90,12 +90,6 @@ def test_loop_gives_the_bits_of_a_plain_one(tiny, run_tiny):
         torch.testing.assert_close(trained.state_dict()[name], weight, rtol=2e-4, atol=2e-6)
 
 
-def test_two_runs_are_the_same_bits(run_tiny):
-    first, second = run_tiny(), run_tiny()
-    assert first.losses == second.losses
-    assert same_state(llmc.load_model(first.output_dir), llmc.load_model(second.output_dir))
-
-
 def test_run_directory_and_logs(run_tiny, tiny):
     run = run_tiny(val_loss_every=2, val_max_steps=3)
     names = {path.name for path in run.output_dir.iterdir()}
@@ -132,9 +126,8 @@ def test_a_run_directory_can_be_trained_from(run_tiny):
     first = run_tiny(num_iterations=30)
     second = run_tiny(model=first.output_dir)
     assert second.losses[0] < first.losses[0] - 0.3
-    assert same_state(
-        llmc.load_model(first.output_dir), llmc.load_model(run_tiny(model=first.output_dir, learning_rate=0).output_dir)
-    )
+    idle = run_tiny(model=first.output_dir, learning_rate=0)
+    assert same_state(llmc.load_model(first.output_dir), llmc.load_model(idle.output_dir))
 
 
 def test_overfitting_a_single_batch(run_tiny):
@@ -161,20 +154,6 @@ def test_low_precision_is_close_and_trains(run_tiny, dtype):
     assert run.losses == pytest.approx(reference.losses, rel=2e-2)
 
 
-def test_float16_scales_its_losses(run_tiny, monkeypatch):
-    scales = []
-    scale = torch.amp.GradScaler.scale
-
-    def spy(self, loss):
-        scales.append(self.get_scale() if self.is_enabled() else None)
-        return scale(self, loss)
-
-    monkeypatch.setattr(torch.amp.GradScaler, "scale", spy)
-    run_tiny(dtype="float16", num_iterations=2)
-    run_tiny(dtype="bfloat16", num_iterations=1)
-    assert scales[:4] == [65536.0] * 4 and scales[4:] == [None] * 2
-
-
 def test_compile_gives_the_losses_of_eager(run_tiny, monkeypatch):
     compile = torch.compile
     asked = []
@@ -184,9 +163,9 @@ def test_compile_gives_the_losses_of_eager(run_tiny, monkeypatch):
         return compile(model, backend="aot_eager", **options)
 
     monkeypatch.setattr(torch, "compile", without_code_generation)
-    got = run_tiny(compile=1, val_loss_every=2, num_iterations=3).losses
+    got = run_tiny(compile=1, val_loss_every=2, num_iterations=2).losses
     assert asked == [{"fullgraph": True}] * 2  # a trial, and the network
-    assert got == pytest.approx(run_tiny(num_iterations=3).losses, rel=1e-6)
+    assert got == pytest.approx(run_tiny(num_iterations=2).losses, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -285,9 +264,8 @@ def test_lines_to_paste_survive_a_shell(tmp_path, monkeypatch, capsys):
         arguments = []
         for line in lines.groups():
             script = f"python() {{ printf '%s\\0' \"$@\"; }}\n{line}"
-            arguments.append(
-                subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout.split("\0")[:-1]
-            )
+            words = subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout
+            arguments.append(words.split("\0")[:-1])
         resume, model, export = arguments
         assert parse(resume[1:]) == dataclasses.replace(config, output_dir=name, resume="auto")
         named = parse(model[1:]).model
@@ -329,31 +307,6 @@ def test_screen_that_takes_little_and_is_closed(tiny, tmp_path):
     assert done.stdout.startswith("model ") and done.stdout.count("\n") == 1
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"main.log", "metrics.jsonl", "loss.png", "config.json", "model.bin"}
-
-
-def test_ctrl_c_ends_the_run_with_everything_on_disk(tiny, tmp_path):
-    flags = tiny | {"--output_dir": tmp_path / "run", "--num_iterations": 100000, "--val_loss_every": 1000}
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *command_line(flags)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = tmp_path / "run" / "main.log"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and "s:5 trl" in log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    screen, errors = process.communicate(timeout=60)
-    assert process.returncode == train.INTERRUPTED, errors
-    assert errors == ""
-    steps = int(re.search(r"stopped by Ctrl-C after step (\d+) of 100000", screen)[1])
-    assert log.read_text().splitlines()[-1].startswith(f"s:{steps - 1} trl:")
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == steps
-    assert (tmp_path / "run" / "loss.png").exists()
-    assert not same_state(llmc.load_model(tmp_path / "run"), llmc.load_model(Path(tiny["--model"])))
 
 
 def test_kernels_are_interpreted_in_a_process_of_their_own(tiny):

@@ -1,10 +1,14 @@
 """The main job on a GPU: the same losses as on the CPU, in every precision, through the prefetching loader and NCCL."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from data.loader import ShardLoader
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY, Run, command_line
 from training.distributed import start
 
 pytestmark = pytest.mark.gpu
@@ -68,14 +72,23 @@ def test_resumed_run_is_the_same_bits_on_a_gpu(run_tiny, dtype):
     assert (again.output_dir / "model.bin").read_bytes() == (whole.output_dir / "model.bin").read_bytes()
 
 
+def torchrun(ranks: int, flags: dict) -> Run:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *command_line(flags)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Run(flags["--output_dir"], done.stdout)
+
+
 @pytest.mark.parametrize("zero_stage", range(4))
-def test_nccl(run_tiny, torchrun_tiny, zero_stage):
+def test_nccl(run_tiny, tiny, tmp_path, zero_stage):
     ranks = torch.cuda.device_count() if torch.cuda.device_count() in (2, 4) else 1
-    flags = {"total_batch_size": 256, "device": "cuda"}
-    one = run_tiny(**flags, batch_size=4 * ranks)
-    whole = torchrun_tiny(ranks, **flags, zero_stage=zero_stage, checkpoint_every=2, keep=9)
+    one = run_tiny(total_batch_size=256, device="cuda", batch_size=4 * ranks)
+    flags = tiny | {"--total_batch_size": 256, "--device": "cuda", "--zero_stage": zero_stage}
+    whole = torchrun(ranks, flags | {"--output_dir": tmp_path / "whole", "--checkpoint_every": 2, "--keep": 9})
     assert whole.losses == pytest.approx(one.losses, rel=1e-4)
-    again = torchrun_tiny(ranks, **flags, zero_stage=zero_stage, resume=whole.output_dir / "checkpoints" / "step_2")
+    resume = {"--output_dir": tmp_path / "again", "--resume": whole.output_dir / "checkpoints" / "step_2"}
+    again = torchrun(ranks, flags | resume)
     assert again.losses == whole.losses[2:]
 
 

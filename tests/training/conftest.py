@@ -1,5 +1,6 @@
 """Runs of the tiny network on gloo ranks."""
 
+import hashlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +19,17 @@ from training.log import RunLog
 def start_ranks(tiny, tmp_path):
     """Start train.py on the tiny network on so many ranks; 0 is one process that knows nothing of ranks.
 
-    Returns what was started, and the run that it leaves.
+    With a number of restarts, the one process is torchrun's agent; see ranks.start. Returns what was started, and the
+    run that it leaves.
     """
     numbers = itertools.count()
     started = []
 
-    def start(n_ranks: int, before=None, options=(), **flags) -> tuple[ranks.Ranks, Run]:
+    def start(n_ranks: int, before=None, options=(), restarts=None, **flags) -> tuple[ranks.Ranks, Run]:
         number = next(numbers)
         given = {"output_dir": tmp_path / f"run{number}", "timeout_s": 30} | flags
         arguments = command_line(tiny | {f"--{name}": value for name, value in given.items()})
-        processes = ranks.start(n_ranks, arguments, tmp_path / f"screen{number}", before, options)
+        processes = ranks.start(n_ranks, arguments, tmp_path / f"screen{number}", before, options, restarts)
         started.append(processes)
         return processes, Run(Path(given["output_dir"]), "")
 
@@ -40,8 +42,8 @@ def start_ranks(tiny, tmp_path):
 def run_ranks(start_ranks):
     """The same, and wait for it to end well."""
 
-    def run(n_ranks: int, before=None, options=(), **flags) -> Run:
-        processes, run = start_ranks(n_ranks, before, options, **flags)
+    def run(*what, **flags) -> Run:
+        processes, run = start_ranks(*what, **flags)
         assert set(processes.wait()) == {0}, processes.errors
         run.screen = processes.screen
         return run
@@ -94,6 +96,13 @@ def same_weights(a: Run, b: Run) -> bool:
     """Whether two runs ended with the same bits."""
     ours, theirs = weights_of(a), weights_of(b)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def make_sums_fit(checkpoint: Path) -> None:
+    """What somebody does who changes a checkpoint on purpose."""
+    names = [".metadata", "state.json", *(path.name for path in checkpoint.glob("*.distcp"))]
+    sums = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in names}
+    (checkpoint / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 
 def everything_in(folder: Path) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """Ranks of train.py on this machine's CPU, over gloo, without seconds of imports for each.
 
 Every rank is a process of its own, forked from a server that has imported train.py once; it is started as `torchrun`
-starts it, by environment variables, and can be killed like any other.
+starts it, by environment variables, and can be killed like any other. Or torchrun's own agent is one, and forks ranks.
 """
 
 import multiprocessing
@@ -10,14 +10,18 @@ import os
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.figure"])
+_CONTEXT.set_forkserver_preload(
+    ["train", "torch._dynamo", "torch.distributed.run", "matplotlib.backends.backend_agg", "matplotlib.figure"]
+)
 
 
 @dataclass
@@ -49,10 +53,6 @@ class Ranks:
         for process in self.processes:
             process.join()
 
-    def signal(self, rank: int, number: int) -> None:
-        """Send a signal to one."""
-        os.kill(self.processes[rank].pid, number)
-
     @property
     def screen(self) -> str:
         """What rank 0 printed."""
@@ -65,7 +65,12 @@ class Ranks:
 
 
 def start(
-    ranks: int, arguments: list[str], folder: Path, before: Callable[..., None] | None = None, options: tuple = ()
+    ranks: int,
+    arguments: list[str],
+    folder: Path,
+    before: Callable[..., None] | None = None,
+    options: tuple = (),
+    restarts: int | None = None,
 ) -> Ranks:
     """Start ranks of train.py.
 
@@ -75,20 +80,19 @@ def start(
         folder: where what they print goes.
         before: called in each of them first, with its rank and `options`; a function at the top of a module.
         options: for `before`.
+        restarts: start one process instead, torchrun's agent, which may restart its ranks so often.
     """
     _start_server()
     folder.mkdir(parents=True, exist_ok=True)
+    of_train = (arguments, before, options)
+    if restarts is not None:
+        return Ranks([_process(0, folder, _agent, (ranks, restarts, of_train))], folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
-    for rank in range(max(1, ranks)):
-        for kind in ("out", "err"):
-            (folder / f"{kind}_{rank}").write_text("")
-        process = _CONTEXT.Process(target=_rank, args=(rank, ranks, port, arguments, folder, before, options))
-        process.start()
-        processes.append(process)
-    return Ranks(processes, folder)
+    everywhere = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = [everywhere | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)] or [{}]
+    return Ranks([_process(rank, folder, _rank, (place, *of_train)) for rank, place in enumerate(places)], folder)
 
 
 def _start_server() -> None:
@@ -107,19 +111,38 @@ def _start_server() -> None:
             os.environ["TRITON_INTERPRET"] = before
 
 
-def _rank(
-    rank: int, ranks: int, port: int, arguments: list[str], folder: Path, before: Callable | None, options: tuple
-) -> None:
-    if ranks:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        os.environ |= {name: str(value) for name, value in places.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _process(number: int, folder: Path, target: Callable, options: tuple) -> BaseProcess:
+    for kind in ("out", "err"):
+        (folder / f"{kind}_{number}").write_text("")
+    process = _CONTEXT.Process(target=_printing_to_files, args=(number, folder, target, options))
+    process.start()
+    return process
+
+
+def _printing_to_files(number: int, folder: Path, target: Callable, options: tuple) -> None:
     for stream, kind in ((sys.stdout, "out"), (sys.stderr, "err")):
-        with open(folder / f"{kind}_{rank}", "a") as file:
+        with open(folder / f"{kind}_{number}", "a") as file:
             os.dup2(file.fileno(), stream.fileno())
+    target(*options)
+
+
+def _rank(environment: dict, arguments: list[str], before: Callable | None, options: tuple) -> None:
+    os.environ |= {name: str(value) for name, value in environment.items()}
     torch.set_num_threads(1)
     import train
 
     if before:
-        before(rank, *options)
+        before(int(os.environ.get("RANK", 0)), *options)
     sys.exit(train.main(arguments))
+
+
+def _agent(ranks: int, restarts: int, of_train: tuple) -> None:
+    """What `torchrun --standalone` does, but that ranks are forked."""
+    from torch.distributed import run
+    from torch.distributed.launcher.api import elastic_launch
+
+    flags = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
+    flags += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    config, *_ = run.config_from_args(run.parse_args([*flags, "train.py"]))
+    config.start_method = "fork"
+    elastic_launch(config, _rank)({}, *of_train)

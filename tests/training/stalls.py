@@ -28,16 +28,9 @@ from training.step import autocast_to, training_step
 SHAPE = (2, 64)  # sequences and tokens of a step
 
 
-def measure(model: str, saves: int, folder: Path, threads: int) -> dict[str, float]:
-    """Train, save, and give medians over the saves, in seconds.
-
-    Args:
-        model: a preset.
-        saves: how many of each kind.
-        folder: where they go.
-        threads: that training may use.
-    """
-    torch.set_num_threads(threads)
+def measure(model: str, saves: int, folder: Path) -> dict[str, float]:
+    """Train a preset, save so many times in either way, and give medians over the saves, in seconds."""
+    torch.set_num_threads(1)
     gpt = GPT(PRESETS[model])
     optimizer = optim.build(gpt, Config(learning_rate=1e-4))
     loader = ShardLoader(str(prepare_pydoc() / "train_*.bin"), *SHAPE)
@@ -85,15 +78,11 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.training.stalls", description="What a checkpoint costs training.")
     parser.add_argument("--model", default="d12", choices=PRESETS, help="A preset (default: d12).")
     parser.add_argument("--saves", type=int, default=5, help="How many of each kind (default: 5).")
-    parser.add_argument("--threads", type=int, default=1, help="That training uses (default: 1).")
-    parser.add_argument("--folder", type=Path, help="Where to write (default: a temporary folder).")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        figures = measure(args.model, args.saves, Path(folder), args.threads)
-    print(f"{args.model}: {PRESETS[args.model].num_params():,} parameters, {args.threads} of {os.cpu_count()} cores\n")
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(args.model, args.saves, Path(folder))
+    print(f"{args.model}: {PRESETS[args.model].num_params():,} parameters, 1 of {os.cpu_count()} cores\n")
     print(table(("", "median"), [(name, value) for name, value in figures.items()]))
-    share = figures["the loop is held up by a save in the background"] / figures["a save that is waited for"]
-    print(f"\nthe loop is held up for {100 * share:.1f} % of a save that is waited for")
 
 
 if __name__ == "__main__":

@@ -70,11 +70,6 @@ def test_defaults_follow_the_device(device, model, B, T, total, steps, lr):
     assert (config.dtype, config.grad_clip, config.val_max_steps) == ("float32", 1.0, 20)
 
 
-def test_what_is_given_is_kept():
-    config = parse(["--model", "d24", "--learning_rate", "1e-5", "--batch_size", "2"]).resolved("cuda", 1)
-    assert (config.model, config.learning_rate, config.batch_size) == ("d24", 1e-5, 2)
-
-
 def test_default_total_batch_grows_to_a_multiple():
     assert parse([]).resolved("cuda", world_size=8).total_batch_size == 4 * 1024 * 8
     assert parse(["--batch_size", "3"]).resolved("cpu", world_size=1).total_batch_size == 3 * 128 * 3

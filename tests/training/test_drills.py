@@ -24,7 +24,7 @@ def test_ranks_hold_what_the_paper_says(zero_stage, ranks):
 
 
 def test_background_save_holds_the_loop_up_for_less_than_one_that_is_waited_for(tmp_path):
-    figures = stalls.measure("nano", 2, tmp_path, threads=1)
+    figures = stalls.measure("nano", 2, tmp_path)
     waited, held = (
         figures[name] for name in ("a save that is waited for", "the loop is held up by a save in the background")
     )

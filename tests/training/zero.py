@@ -12,6 +12,7 @@ fp32 master copy, and so K = 12 there.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def held(config: GPTConfig, zero_stage: int, rank: int, ranks: int) -> Held:
         world = World(rank, rank, ranks, torch.device("cpu"), distributed=True)
         model, _ = distributed.parallelize(gpt, world, zero_stage, "float32", compile=False)
         if zero_stage < 2:  # DDP asks for the result of its reduction, which the fake group does not give
-            model.register_comm_hook(None, _unreduced)  # type: ignore[operator]
+            model.register_comm_hook([], unreduced)  # type: ignore[operator]
         params = dict(gpt.named_parameters())
         optimizer = optim.build(gpt, Config(learning_rate=0.0, zero_stage=zero_stage))
         idx = torch.zeros(TOKENS, dtype=torch.int64)
@@ -76,7 +77,9 @@ def held(config: GPTConfig, zero_stage: int, rank: int, ranks: int) -> Held:
         dist.destroy_process_group()
 
 
-def _unreduced(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def unreduced(seen: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Note a bucket of gradients, and leave it as it is."""
+    seen.append(bucket.index())
     future: torch.futures.Future = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
@@ -89,15 +92,6 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def rows(config: GPTConfig, ranks: Iterable[int] = RANKS) -> list[tuple[int, int, list[Held], float]]:
-    """(stage, ranks, what each rank holds, the formula's bytes), for every stage."""
-    return [
-        (stage, n, [held(config, stage, rank, n) for rank in range(n)], formula(config.num_params(), stage, n))
-        for stage in range(4)
-        for n in ranks
-    ]
-
-
 def main() -> None:
     """The command line; see the module."""
     parser = argparse.ArgumentParser("python -m tests.training.zero", description="Bytes per rank by ZeRO stage.")
@@ -106,7 +100,9 @@ def main() -> None:
     print(f"{args.model}, fp32, MiB per rank: the mean of all ranks, by kind and in all, and the largest\n")
     head = ("stage", "ranks", "parameters", "gradients", "moments", "mean", "most", "formula", "mean/f.", "most/f.")
     lines = []
-    for stage, n, ranks, paper in rows(PRESETS[args.model]):
+    config = PRESETS[args.model]
+    for stage, n in itertools.product(range(4), RANKS):
+        ranks, paper = [held(config, stage, rank, n) for rank in range(n)], formula(config.num_params(), stage, n)
         kinds = [sum(kind) / n for kind in zip(*ranks, strict=True)]
         mean, most = sum(kinds), max(held.total for held in ranks)
         sizes = [f"{size / 2**20:,.1f}" for size in (*kinds, mean, most, paper)]
