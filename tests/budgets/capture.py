@@ -36,8 +36,6 @@ class Tensor(NamedTuple):
     dtype: torch.dtype
     offset: int
     """of its first element in its storage, in bytes"""
-    storage: int
-    """equal for tensors of one call that share memory"""
 
     @property
     def bytes(self) -> int:
@@ -53,8 +51,7 @@ def describe(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     offset = int(value.storage_offset()) * value.element_size()
-    storage = value.untyped_storage()._cdata
-    return Tensor(tuple(value.shape), tuple(value.stride()), value.dtype, offset, storage)
+    return Tensor(tuple(value.shape), tuple(value.stride()), value.dtype, offset)
 
 
 class Launch(launch.Call):
@@ -79,8 +76,6 @@ class Event(NamedTuple):
 
     name: str
     """aten::mm, or the name of a kernel of ours"""
-    op: str
-    """the operation of ours inside which it happened (tritongpt::gelu), or an empty string"""
     launches: int
     bytes: int
     """each tensor that it reads once, each that it writes once"""
@@ -88,24 +83,16 @@ class Event(NamedTuple):
     """of matrix products; 0 for everything else"""
     matmul: bool
     launch: Launch | None
-    args: tuple
-    """of the operation or the kernel: tensors as `Tensor`"""
 
 
 class Trace(TorchDispatchMode):
-    """Note down what is launched, and how much memory is alive.
+    """Note down what is launched, and how much memory is alive."""
 
-    Args:
-        capability: the chip, as `launch.capability` gives it.
-    """
-
-    def __init__(self, capability: int = 90):
+    def __init__(self) -> None:
         super().__init__()
-        self.capability = capability
         self.events: list[Event] = []
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._op = ""
         self._storages: weakref.WeakSet = weakref.WeakSet()
 
     def restart(self) -> None:
@@ -121,7 +108,7 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         ours = OPDEFS.get(func._schema.name) if func.namespace == "tritongpt" else None
         if ours:
-            with self._inside(func._schema.name), self:
+            with self:
                 out = ours._init_fn(*args, **kwargs)
         elif func.namespace != "aten":
             return func(*args, **kwargs)
@@ -142,21 +129,12 @@ class Trace(TorchDispatchMode):
     def note(self, call: launch.Call) -> None:
         """Note down a launch of a kernel of ours."""
         noted = Launch(*call)._replace(args={name: describe(arg) for name, arg in call.args.items()})
-        self.events.append(Event(noted.name, self._op, 1, noted.bytes, 0, False, noted, tuple(noted.args.values())))
+        self.events.append(Event(noted.name, 1, noted.bytes, 0, False, noted))
 
     def _note_torch(self, func, args, kwargs, out, n_launches: int) -> None:
         name = func._schema.name
         n_bytes, n_flops = bytes_of(func, args, kwargs, out), flops_of(name, args, out)
-        described = tuple(map(describe, args))
-        self.events.append(Event(name, self._op, n_launches, n_bytes, n_flops, name in MATMULS, None, described))
-
-    @contextlib.contextmanager
-    def _inside(self, op: str) -> Iterator[None]:
-        outer, self._op = self._op, op
-        try:
-            yield
-        finally:
-            self._op = outer
+        self.events.append(Event(name, n_launches, n_bytes, n_flops, name in MATMULS, None))
 
     def _track(self, tensor: torch.Tensor) -> None:
         """Count a storage from its birth to its death."""
@@ -258,7 +236,7 @@ class _CudaAutocast(TorchFunctionMode):
 @contextlib.contextmanager
 def trace(capability: int = 90) -> Iterator[Trace]:
     """Everything in this block runs on fake tensors, made on the device "cpu", as on a GPU of that capability."""
-    tracing = Trace(capability)
+    tracing = Trace()
     with (
         launch.DryRun(capability, tracing.note),
         mock.patch.object(FakeTensor, "is_cuda", True, create=True),

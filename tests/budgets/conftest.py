@@ -1,13 +1,15 @@
 """What the tests of budgets share: a process that compiles, and the traced steps."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
+from bench.machine_code import MachineCode
 from tests.budgets import step
-from tests.budgets.resources import Resources, from_json
+from tests.budgets.resources import Resources
 from tests.conftest import ROOT
 
 
@@ -18,7 +20,7 @@ def compiled() -> list[Resources]:
     command = [sys.executable, "-m", "tests.budgets.resources"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    return from_json(done.stdout)
+    return [Resources(*fields)._replace(code=MachineCode(*fields[3])) for fields in json.loads(done.stdout)]
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from bench import machine_code
 from bench.chips import CHIPS, Chip, occupancy
 from bench.machine_code import MachineCode
 from bench.tables import table
+from kernels import launch
 from model.gpt import PRESETS
 from tests.budgets import capture, step
 
@@ -61,7 +62,7 @@ def launches(preset: str, capability: int) -> list[capture.Launch]:
 
 
 def awkward_calls() -> dict[str, tuple[int, list[capture.Launch]]]:
-    """Capability and launches of calls with fp32, TF32, odd lengths and the widest rows, by name."""
+    """Capability and launches of calls with real tensors, fp32, TF32, odd lengths and the widest rows, by name."""
     ops = capture.our_ops()
 
     def attention(capability: int, T: int, D: int, dtype: torch.dtype, precision: str = "ieee") -> list[capture.Launch]:
@@ -77,7 +78,14 @@ def awkward_calls() -> dict[str, tuple[int, list[capture.Launch]]]:
             ops.add_layer_norm(*(torch.empty(shape, dtype=torch.bfloat16) for shape in shapes))
         return tracing.launches
 
+    def real_gelu() -> list[capture.Launch]:
+        calls: list[launch.Call] = []
+        with launch.DryRun(80, calls.append):
+            ops.gelu(torch.empty(64, 3072, dtype=torch.bfloat16))
+        return [capture.Launch(*call) for call in calls]
+
     return {
+        "real": (80, real_gelu()),
         "tf32": (90, attention(90, 64, 16, torch.float32, "tf32")),
         "fp32": (90, attention(90, 64, 16, torch.float32)[:1]),
         "bf16": (90, attention(90, 64, 16, torch.bfloat16, "tf32")[:1]),
@@ -93,9 +101,9 @@ def compile_all(preset: str = step.PRESET) -> list[Resources]:
     calls += [(name, *call) for name, call in awkward_calls().items()]
     variants: dict[tuple, tuple] = {}
     for name, capability, noted in calls:
-        for launch in noted:
-            specialised = machine_code.specialise(launch, capability)
-            variants.setdefault((name, *specialised.key), (name, launch.name, capability, specialised))
+        for call in noted:
+            specialised = machine_code.specialise(call, capability)
+            variants.setdefault((name, *specialised.key), (name, call.name, capability, specialised))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda variant: _inspect(*variant), variants.values())
     return sorted(found, key=lambda r: (r.call, r.capability, r.kernel))
@@ -140,18 +148,8 @@ def resources_table(found: Iterable[Resources]) -> str:
     return table(header, rows)
 
 
-def to_json(found: Iterable[Resources]) -> str:
-    """For another process."""
-    return json.dumps(list(found))
-
-
-def from_json(text: str) -> list[Resources]:
-    """What `to_json` wrote."""
-    return [Resources(*fields)._replace(code=MachineCode(*fields[3])) for fields in json.loads(text)]
-
-
 if __name__ == "__main__":
     from kernels import interpreter
 
     interpreter.choose("cuda")
-    print(to_json(compile_all()))
+    print(json.dumps(compile_all()))

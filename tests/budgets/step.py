@@ -26,25 +26,16 @@ def backends() -> dict[str, Ops]:
     return {name: capture.our_ops() if name == OURS else of("cpu") for name, of in BACKENDS.items()}
 
 
-def trace_step(
-    config: GPTConfig,
-    ops: Ops,
-    batch_size: int = BATCH_SIZE,
-    sequence_length: int = SEQUENCE_LENGTH,
-    dtype: torch.dtype = torch.bfloat16,
-    capability: int = 90,
-    recompute: int = 0,
-) -> capture.Trace:
+def trace_step(config: GPTConfig, ops: Ops, capability: int = 90) -> capture.Trace:
     """Trace the second training step of a network; the first makes the optimizer's state."""
     gpt = GPT(config, ops, init=False)
-    gpt.set_recompute(recompute)
     with capture.trace(capability) as tracing:
         capture.fake_parameters(gpt)
         optimizer = optim.build(gpt, Config(learning_rate=1e-4, weight_decay=0.1))
-        x, y = (torch.empty(batch_size, sequence_length, dtype=torch.int64) for _ in range(2))
+        x, y = (torch.empty(BATCH_SIZE, SEQUENCE_LENGTH, dtype=torch.int64) for _ in range(2))
         for _ in range(2):
             tracing.restart()
-            training_step(gpt, optimizer, [(x, y)], autocast_to(dtype, x.device))
+            training_step(gpt, optimizer, [(x, y)], autocast_to(torch.bfloat16, x.device))
     return tracing
 
 
@@ -66,18 +57,16 @@ class Counted(NamedTuple):
         return parts
 
 
-def count(tracing: capture.Trace) -> Counted:
-    """Add up a trace."""
-    launches: Counter[str] = Counter()
-    for event in tracing.events:
-        launches[event.name] += event.launches
-    outside = sum(event.bytes for event in tracing.events if not event.matmul)
-    return Counted(launches, outside, tracing.peak_bytes)
-
-
 def count_steps() -> dict[str, Counted]:
     """Count a step of PRESET by backend."""
-    return {name: count(trace_step(PRESETS[PRESET], ops)) for name, ops in backends().items()}
+    counted = {}
+    for name, ops in backends().items():
+        tracing, launches = trace_step(PRESETS[PRESET], ops), Counter[str]()
+        for event in tracing.events:
+            launches[event.name] += event.launches
+        outside = sum(event.bytes for event in tracing.events if not event.matmul)
+        counted[name] = Counted(launches, outside, tracing.peak_bytes)
+    return counted
 
 
 class Saved(NamedTuple):
@@ -90,15 +79,8 @@ class Saved(NamedTuple):
 
 
 def saved(config: GPTConfig, ops: Ops, dtype: torch.dtype, tokens: tuple[int, int], recompute: int = 0) -> Saved:
-    """Count saved activations with saved-tensor hooks: each storage once, without parameters and inputs.
-
-    Args:
-        config: the network.
-        ops: the backend.
-        dtype: of the matrix products; below fp32 by autocast.
-        tokens: (B, T).
-        recompute: as `GPT.set_recompute` takes it.
-    """
+    """Count saved activations with saved-tensor hooks: each storage once, without parameters and inputs. `dtype` is
+    that of the matrix products, below fp32 by autocast; `tokens` is (B, T)."""
     gpt = GPT(config, ops, init=False)
     gpt.set_recompute(recompute)
     kept: dict[int, torch.UntypedStorage] = {}
@@ -123,27 +105,25 @@ def saved(config: GPTConfig, ops: Ops, dtype: torch.dtype, tokens: tuple[int, in
     return Saved(sum(elements), sum(sizes.values()), max(elements))
 
 
-def saved_per_layer(
-    ops: Ops, dtype: torch.dtype = torch.bfloat16, recompute: int = 0, sequence_length: int = SEQUENCE_LENGTH
-) -> tuple[float, float]:
+def saved_per_layer(ops: Ops, dtype: torch.dtype = torch.bfloat16, recompute: int = 0) -> tuple[float, float]:
     """(elements, bytes) per token and layer of PRESET, in units of C. Copies of weights, which tokens share, are left
     out: what three layers save beyond two, and two sequences beyond one."""
 
     def count(n_layer: int, batch_size: int) -> Saved:
         config = dataclasses.replace(PRESETS[PRESET], n_layer=n_layer)
-        return saved(config, ops, dtype, (batch_size, sequence_length), recompute)
+        return saved(config, ops, dtype, (batch_size, SEQUENCE_LENGTH), recompute)
 
     (three_two, three_one), (two_two, two_one) = ([count(n_layer, B) for B in (2, 1)] for n_layer in (3, 2))
-    scale = sequence_length * PRESETS[PRESET].n_embd
+    scale = SEQUENCE_LENGTH * PRESETS[PRESET].n_embd
     elements = three_two.elements - three_one.elements - two_two.elements + two_one.elements
     n_bytes = three_two.bytes - three_one.bytes - two_two.bytes + two_one.bytes
     return elements / scale, n_bytes / scale
 
 
-def head_peak(ops: Ops, n_rows: int = BATCH_SIZE * SEQUENCE_LENGTH) -> float:
+def head_peak(ops: Ops) -> float:
     """Most bytes alive in forward and backward of PRESET's head, beyond its inputs and their gradients, over the bytes
     of the logits in bf16."""
-    config = PRESETS[PRESET]
+    config, n_rows = PRESETS[PRESET], BATCH_SIZE * SEQUENCE_LENGTH
     with capture.trace() as tracing:
         hidden = torch.empty(n_rows, config.n_embd, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(config.vocab_size, config.n_embd, requires_grad=True)

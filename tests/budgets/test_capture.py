@@ -1,19 +1,13 @@
 """What is seen of a launch and of torch's operations, without a GPU and without memory."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 
 from kernels import launch
 from kernels.gelu import gelu
-from tests.budgets import capture
-from tests.budgets.capture import Tensor, trace
+from tests.budgets.capture import trace
 
 BF16 = torch.bfloat16
-
-
-def names(tracing):
-    return [event.name for event in tracing.events]
 
 
 def test_a_launch_is_noted_with_its_arguments_and_runs_nothing():
@@ -31,63 +25,31 @@ def test_a_launch_is_noted_with_its_arguments_and_runs_nothing():
     assert noted.bytes == 2 * 65536 * 3072 * 2
 
 
-def test_forward_and_backward_of_ours_and_of_torch_are_seen_in_order():
-    with trace() as tracing:
-        x = torch.empty(64, 128, dtype=BF16, requires_grad=True)
-        tracing.restart()
-        (gelu(x) * 2).sum().backward()
-    seen = names(tracing)
-    assert [name for name in seen if "kernel" in name] == ["_gelu_fwd_kernel", "_gelu_bwd_kernel"]
-    assert seen[:3] == ["_gelu_fwd_kernel", "aten::mul", "aten::sum"]
-    assert {event.op for event in tracing.events if event.launch} == {"tritongpt::gelu", "tritongpt::gelu_backward"}
-
-
 def test_what_a_launcher_copies_is_seen():
     with trace() as tracing:
         x = torch.empty(64, 128, dtype=BF16).t()
         tracing.restart()
         gelu(x)
-    assert names(tracing) == ["aten::clone", "_gelu_fwd_kernel"]
-    assert tracing.events[0].op == "tritongpt::gelu"
+    assert [event.name for event in tracing.events] == ["aten::clone", "_gelu_fwd_kernel"]
 
 
-def test_launchers_are_told_the_chip():
-    for capability in (80, 90, 100):
-        with trace(capability):
-            assert launch.capability(torch.device("cpu")) == capability
-            assert torch.empty(1).is_cuda
-    assert launch.capability(torch.device("cpu")) == 0
-    assert not torch.empty(1).is_cuda
-
-
-def test_views_and_allocations_launch_nothing():
-    with trace() as tracing:
-        x = torch.empty(4, 6)
-        x.view(24).reshape(6, 4).t()[:2].expand(2, 6).unsqueeze(0).detach()
-        x.split(2, 0)
-    assert names(tracing) == []
-
-
-@pytest.mark.parametrize(
-    ("call", "expected"),
-    [
-        (lambda x, y: x + y, 3 * 24 * 4),
-        (lambda x, y: x.add_(y), 3 * 24 * 4),
-        (lambda x, y: x.copy_(y), 2 * 24 * 4),
-        (lambda x, y: x.zero_(), 24 * 4),
-        (lambda x, y: x + y[:1].expand(4, 6), (2 * 24 + 6) * 4),
-        (lambda x, y: x.to(BF16), 24 * (4 + 2)),
-        (lambda x, y: x @ y.t(), (24 + 24 + 16) * 4),
-        (lambda x, y: torch.addmm(x, x[:, :4], y[:4], beta=0, out=x), (16 + 24 + 24) * 4),
-        (lambda x, y: F.embedding(torch.zeros(3, dtype=torch.int64), x), 2 * 18 * 4 + 3 * 8),
-    ],
-)
-def test_bytes_of_torch_operations(call, expected):
-    with trace() as tracing:
-        x, y = torch.empty(4, 6), torch.empty(4, 6)
-        tracing.restart()
-        call(x, y)
-    assert [event.bytes for event in tracing.events if event.name != "aten::zeros"] == [expected]
+def test_bytes_of_torch_operations():
+    for i, (call, expected) in enumerate(
+        [
+            (lambda x, y: x + y, 3 * 24 * 4),
+            (lambda x, y: x.add_(y), 3 * 24 * 4),
+            (lambda x, y: x.copy_(y), 2 * 24 * 4),
+            (lambda x, y: x.zero_(), 24 * 4),
+            (lambda x, y: x + y[:1].expand(4, 6), (2 * 24 + 6) * 4),
+            (lambda x, y: x.to(BF16), 24 * (4 + 2)),
+            (lambda x, y: x @ y.t(), (24 + 24 + 16) * 4),
+            (lambda x, y: torch.addmm(x, x[:, :4], y[:4], beta=0, out=x), (16 + 24 + 24) * 4),
+            (lambda x, y: F.embedding(torch.empty(3, dtype=torch.int64), x), 2 * 18 * 4 + 3 * 8),
+        ]
+    ):
+        with trace() as tracing:
+            call(torch.empty(4, 6), torch.empty(4, 6))
+        assert [event.bytes for event in tracing.events] == [expected], i
 
 
 def test_flops_of_torch_operations():
@@ -146,23 +108,3 @@ def test_lists_of_tensors_take_as_many_launches_as_their_metadata_fits():
         for tensors in (few, many, long):
             torch._foreach_mul_(tensors, 2.0)
     assert [event.launches for event in tracing.events] == [1, 2, 2]
-
-
-def test_a_gradient_is_taken_over_and_not_copied():
-    """A trace that held tensors would make autograd copy them."""
-    with trace() as tracing:
-        w = torch.empty(8, 8, requires_grad=True)
-        x = torch.empty(4, 8)
-        tracing.restart()
-        (x @ w).sum().backward()
-    assert names(tracing) == ["aten::mm", "aten::sum", "aten::ones_like", "aten::mm"]
-
-
-def test_fake_parameters_stay_tied():
-    module = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4, bias=False), "b": torch.nn.Linear(4, 4, bias=False)})
-    module["b"].weight = module["a"].weight
-    with trace():
-        capture.fake_parameters(module)
-        assert module["a"].weight is module["b"].weight
-        assert module["a"].weight.requires_grad
-        assert capture.describe(module["a"].weight)[:3] == Tensor((4, 4), (4, 1), torch.float32, 0, 0)[:3]

@@ -10,8 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from kernels import cross_entropy, embedding, gelu, launch, layer_norm
 from tests.conftest import needs_interpreter
@@ -66,24 +64,6 @@ def show(op, counts, cost):
 
 def normal(*shape, dtype=torch.bfloat16):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
-
-
-@triton.jit
-def _copy_twice_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs, mask=offs < n, other=0.0)
-    x += tl.load(x_ptr + offs, mask=offs < n, other=0.0) + tl.load(x_ptr)
-    tl.store(y_ptr + offs, x, mask=offs < n)
-
-
-def test_lanes_that_are_masked_off_do_not_count():
-    x, y = torch.ones(10), torch.empty(10)
-    with counting() as counts:
-        _copy_twice_kernel[(3,)](x, y, 10, BLOCK=4)
-    assert counts == {"read": (2 * 10 + 3) * 4, "written": 10 * 4}
-    assert torch.equal(y, torch.full((10,), 3.0))
-    _copy_twice_kernel[(1,)](x, y, 4, BLOCK=4)
-    assert counts["written"] == 10 * 4  # nothing is counted behind the block
 
 
 def test_gelu_moves_nothing_twice():
