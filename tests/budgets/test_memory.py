@@ -47,6 +47,6 @@ def test_the_check_of_every_op_at_64_sequences_fits_80_gb(check_peak, monkeypatc
 
 def test_the_check_of_the_network_at_64_sequences_fits_80_gb(check_peak, monkeypatch):
     """Eager and the truth take one sequence, of six times as many layers. Our kernels take the whole batch, as in
-    training, for which test_step.py has a limit."""
+    training, for which test_counts.py has a limit."""
     monkeypatch.setattr(check, "_compare_ops", lambda *args: None)
     assert 6 * check_peak(2, 1) < 40e9
