@@ -36,6 +36,8 @@ class Tensor(NamedTuple):
     dtype: torch.dtype
     offset: int
     """of its first element in its storage, in bytes"""
+    storage: int
+    """equal for tensors of one call that share memory"""
 
     @property
     def bytes(self) -> int:
@@ -51,7 +53,8 @@ def describe(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     offset = int(value.storage_offset()) * value.element_size()
-    return Tensor(tuple(value.shape), tuple(value.stride()), value.dtype, offset)
+    storage = value.untyped_storage()._cdata
+    return Tensor(tuple(value.shape), tuple(value.stride()), value.dtype, offset, storage)
 
 
 class Launch(launch.Call):

@@ -22,6 +22,7 @@ def test_a_launch_is_noted_with_its_arguments_and_runs_nothing():
     assert noted.options == {"num_warps": row.num_warps, "num_stages": row.num_stages}
     x = noted.args["x_ptr"]
     assert (x.shape, x.stride, x.dtype, x.offset) == ((65536, 3072), (3072, 1), BF16, 0)
+    assert x.storage != noted.args["y_ptr"].storage
     assert noted.bytes == 2 * 65536 * 3072 * 2
 
 
