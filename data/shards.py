@@ -14,7 +14,7 @@ from readers import open_regular
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
-MAKE_ANEW = "make it anew with python -m data.prepare"
+REWRITE = "write it again with python -m data.prepare"
 
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
@@ -52,15 +52,15 @@ def open_shard(path: str | Path) -> np.ndarray:
     except OSError as error:
         raise BadInput(f"cannot read the shard {path}: {error.strerror or error}") from error
     if len(header) < 256:
-        raise BadInput(f"{path}: {size} bytes are less than the header of a shard; {MAKE_ANEW}")
+        raise BadInput(f"{path}: {size} bytes are less than the header of a shard; {REWRITE}")
     magic, version, n_tokens = header[:3].tolist()
     if magic != MAGIC:
-        raise BadInput(f"{path}: magic number {magic} instead of {MAGIC}: not a shard of tokens; {MAKE_ANEW}")
+        raise BadInput(f"{path}: magic number {magic} instead of {MAGIC}: not a shard of tokens; {REWRITE}")
     if version != VERSION:
-        raise BadInput(f"{path}: version {version} instead of {VERSION}; {MAKE_ANEW}")
+        raise BadInput(f"{path}: version {version} instead of {VERSION}; {REWRITE}")
     there = (size - HEADER_BYTES) // 2
     if n_tokens < 0 or n_tokens > there:
-        raise BadInput(f"{path}: its header claims {n_tokens} tokens and the file has {there}; {MAKE_ANEW}")
+        raise BadInput(f"{path}: its header claims {n_tokens} tokens and the file has {there}; {REWRITE}")
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (n_tokens,))
 
 

@@ -35,7 +35,7 @@ TINY = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 # On tiny tensors, threads wait for each other more than they compute; and other tests run beside this one.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-if hasattr(signal, "SIGHUP"):  # nohup has it ignored, here and in what is started here
+if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and child processes inherit that
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 

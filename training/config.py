@@ -32,7 +32,7 @@ def flag(
     most: float | None = None,
     choices: tuple | None = None,
 ) -> Any:
-    """A field of Config that is a flag of the same name. All that is known of the flag stands here.
+    """A field of Config that is a flag of the same name, with everything that describes the flag.
 
     Args:
         default: None where it follows the device, or is not known before `Config.resolved`.
@@ -46,8 +46,9 @@ def flag(
         most: the largest; None for the largest of its type.
         choices: all values allowed, where those are few.
     """
-    facts = {"group": group, "decides": decides, "help": help, "least": least, "most": most, "choices": choices}
-    return dataclasses.field(default=default, metadata=facts | {"by_device": {"cpu": cpu, "mps": cpu, "cuda": cuda}})
+    metadata = {"group": group, "decides": decides, "help": help, "least": least, "most": most, "choices": choices}
+    by_device = {"cpu": cpu, "mps": cpu, "cuda": cuda}
+    return dataclasses.field(default=default, metadata=metadata | {"by_device": by_device})
 
 
 def switch(group: str, *, decides: bool, help: str) -> Any:

@@ -43,6 +43,14 @@ def test_numbers(shape, dtype):
     assert y.dtype == dtype and y.is_contiguous() and torch.equal(y, eager.embedding(*inputs.values()))
 
 
+def test_what_was_not_there_gets_exactly_nothing():
+    inputs = inputs_of(2, 3, 40, 50, 7)
+    results = accuracy.outputs_and_gradients(embedding, inputs, [normal(2, 3, 40, mean=9.0)])
+    assert not results["dposition_weight"][3:].any() and results["dposition_weight"][:3].all()
+    there = torch.zeros(50, dtype=torch.bool, device=DEVICE).index_fill(0, inputs["idx"].flatten(), True)
+    assert not results["dtoken_weight"][~there].any() and results["dtoken_weight"][there].all()
+
+
 def test_weights_of_two_dtypes():
     inputs = inputs_of(3, 5, 40, 11, 6)
     inputs["position_weight"] = inputs["position_weight"].bfloat16()

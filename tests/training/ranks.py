@@ -80,7 +80,7 @@ def start(
         folder: where what they print goes.
         before: called in each of them first, with its rank and `options`; a function at the top of a module.
         options: for `before`.
-        restarts: start one process instead, torchrun's agent, which may restart its ranks so often.
+        restarts: start torchrun's agent instead, a single process, which restarts its ranks at most this many times.
     """
     _start_server()
     folder.mkdir(parents=True, exist_ok=True)
