@@ -47,11 +47,12 @@ def _layer_norm_inputs(n_rows: int, n_cols: int, dtype: torch.dtype, device: tor
 def _add_layer_norm_inputs(n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.device) -> dict:
     x, weight, bias = _layer_norm_inputs(n_rows, n_cols, dtype, device).values()
     branch = normal(n_rows, n_cols, seed=3, dtype=dtype, device=device)
-    return {"residual": x, "branch": branch, "weight": weight, "bias": bias}
+    branch_bias = normal(n_cols, seed=4, dtype=dtype, device=device)
+    return {"residual": x, "branch": branch, "weight": weight, "bias": bias, "branch_bias": branch_bias}
 
 
 def _n_summed_layer_norm(n_rows: int, n_cols: int) -> dict[str, int]:
-    return {"dweight": n_rows, "dbias": n_rows}
+    return {"dweight": n_rows, "dbias": n_rows, "dbranch_bias": n_rows}
 
 
 def _attention_inputs(B: int, T: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
@@ -112,7 +113,7 @@ BENCHMARKS = (
         reference=eager.add_layer_norm,
         kernel=layer_norm.add_layer_norm,
         baselines=lambda: baselines.of(eager.add_layer_norm),
-        costs=lambda n_rows, n_cols, itemsize: _costs(layer_norm, n_rows, n_cols, *[itemsize] * 4),
+        costs=lambda n_rows, n_cols, itemsize: _costs(layer_norm, n_rows, n_cols, *[itemsize] * 5),
         n_summed=_n_summed_layer_norm,
     ),
     Benchmark(

@@ -74,11 +74,12 @@ def _forward(ctx, residual, branch, dtype, n_head, recompute, *params):
         r1 = rows
         normed1, statistics1 = layer_norm.forward(r1, ln_1, ln_1_bias, dtype)
     else:
-        r1, normed1, statistics1 = layer_norm.add_forward(rows, branch.reshape(-1, C), ln_1, ln_1_bias, dtype)
+        r1, normed1, statistics1 = layer_norm.add_forward(rows, branch.reshape(-1, C), None, ln_1, ln_1_bias, dtype)
     qkv = F.linear(normed1, attn, attn_bias).view(B, T, 3 * C)
     heads, lse = attention.packed_forward(qkv, n_head)
     heads = heads.view(-1, C)
-    r2, normed2, statistics2 = layer_norm.add_forward(r1, F.linear(heads, proj, proj_bias), ln_2, ln_2_bias, dtype)
+    branch1 = F.linear(heads, proj, proj_bias)
+    r2, normed2, statistics2 = layer_norm.add_forward(r1, branch1, None, ln_2, ln_2_bias, dtype)
     h = F.linear(normed2, fc, fc_bias)
     activated = gelu.forward(h)
 
@@ -114,13 +115,13 @@ def _backward(ctx, dr2, dbranch2):
     dactivated, dout, dout_bias = _linear_backward(dbranch2, activated, out, needed[10:])
     dh = gelu.backward(dactivated, h)
     dnormed2, dfc, dfc_bias = _linear_backward(dh, normed2, fc, needed[8:])
-    dr1, dbranch1, dln_2, dln_2_bias = layer_norm.backward(
+    dr1, dbranch1, dln_2, dln_2_bias, _ = layer_norm.backward(
         dnormed2, dr2, r2, statistics2, ln_2, r1.dtype, h.dtype, param_dtypes[7]
     )
     dheads, dproj, dproj_bias = _linear_backward(dr1 if r1.dtype == h.dtype else dbranch1, heads, proj, needed[4:])
     dqkv = attention.packed_backward(dheads.view(shape), qkv, heads.view(shape), lse, ctx.n_head)
     dnormed1, dattn, dattn_bias = _linear_backward(dqkv.view(-1, 3 * C), normed1, attn, needed[2:])
-    dresidual, dbranch, dln_1, dln_1_bias = layer_norm.backward(
+    dresidual, dbranch, dln_1, dln_1_bias, _ = layer_norm.backward(
         dnormed1, dr1, r1, statistics1, ln_1, residual_dtype, branch_dtype or residual_dtype, param_dtypes[1]
     )
     of_params = (

@@ -45,7 +45,11 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tor
 
 
 def add_layer_norm(
-    residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    residual: torch.Tensor,
+    branch: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    branch_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a branch to the residual stream and normalise the sum.
 
@@ -54,11 +58,12 @@ def add_layer_norm(
         branch: (..., C), the output of attention or of the MLP.
         weight: (C,).
         bias: (C,).
+        branch_bias: (C,), a bias that the branch still lacks; None for none.
 
     Returns:
-        (residual + branch, layer_norm(residual + branch)), both (..., C).
+        (residual + (branch + branch_bias), its layer_norm), both (..., C).
     """
-    residual = residual + branch
+    residual = residual + (branch if branch_bias is None else branch + branch_bias)
     return residual, layer_norm(residual, weight, bias)
 
 

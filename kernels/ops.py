@@ -21,10 +21,8 @@ class Ops(NamedTuple):
     """(idx (B, T), token_weight (V, C), position_weight (block_size, C)) -> (B, T, C)"""
     layer_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     """(x (..., C), weight, bias) -> (..., C)"""
-    add_layer_norm: Callable[
-        [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
-    ]
-    """(residual, branch, weight, bias) -> (residual + branch, its layer_norm)"""
+    add_layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    """(residual, branch, weight, bias, branch_bias=None) -> (residual + (branch + branch_bias), its layer_norm)"""
     gelu: Callable[[torch.Tensor], torch.Tensor]
     """x -> same shape"""
     attention: Callable[[torch.Tensor, int], torch.Tensor]

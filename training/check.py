@@ -75,10 +75,10 @@ def _compare_ops(
 
     def watched(op: str) -> Callable:
         reference = getattr(EAGER, op)
-        arguments = inspect.signature(reference).parameters
+        signature = inspect.signature(reference)
 
         def call(*inputs: Any) -> Any:
-            named = dict(zip(arguments, inputs, strict=True))
+            named = signature.bind(*inputs).arguments
             outputs = _in_slices(reference, named, n_slice)
             name = f"{op} {counts[op]}"
             counts[op] += 1

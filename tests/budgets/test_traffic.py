@@ -72,20 +72,21 @@ def test_gelu_moves_nothing_twice():
     assert show("gelu, backward", backward, gelu.backward_cost(5000, 2)) == 1
 
 
-@pytest.mark.parametrize("has_branch", [False, True])
-def test_layer_norm_moves_rows_once_and_weights_once_per_program(has_branch, monkeypatch):
+@pytest.mark.parametrize(("has_branch", "has_branch_bias"), [(False, False), (True, False), (True, True)])
+def test_layer_norm_moves_rows_once_and_weights_once_per_program(has_branch, has_branch_bias, monkeypatch):
     n_rows, n_cols, n_programs = 64, 768, 2
     monkeypatch.setattr(launch, "n_programs", lambda device: n_programs)
     function = layer_norm.add_layer_norm if has_branch else layer_norm.layer_norm
     rows = [normal(n_rows, n_cols) for _ in range(1 + has_branch)]
-    forward, backward = count_both(function, *rows, normal(n_cols), normal(n_cols))
-    sizes = (n_rows, n_cols, 2, 2, 2, 2 * has_branch)
+    forward, backward = count_both(function, *rows, *(normal(n_cols) for _ in range(2 + has_branch_bias)))
+    sizes = (n_rows, n_cols, 2, 2, 2, 2 * has_branch, 2 * has_branch_bias)
     show(function.__name__, forward, layer_norm.forward_cost(*sizes))
     show(f"{function.__name__}, backward", backward, layer_norm.backward_cost(*sizes))
     weight = n_cols * 2
-    assert forward.total() - layer_norm.forward_cost(*sizes).bytes == 2 * (n_programs - 1) * weight
-    # Each program writes sums of dw and db in fp32, which are read to be added up.
-    partial_sums = 2 * n_programs * 2 * n_cols * 4
+    n_vectors = 2 + has_branch_bias
+    assert forward.total() - layer_norm.forward_cost(*sizes).bytes == n_vectors * (n_programs - 1) * weight
+    # Each program writes sums of dw, db and Σ dr in fp32, which are read to be added up.
+    partial_sums = 2 * n_programs * n_vectors * n_cols * 4
     assert backward.total() - layer_norm.backward_cost(*sizes).bytes == (n_programs - 1) * weight + partial_sums
 
 

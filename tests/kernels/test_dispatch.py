@@ -38,6 +38,11 @@ CASES = {
         lambda *x: sum(eager.add_layer_norm(*x)),
         (normal(3, 6), normal(3, 6, seed=1), normal(6, seed=2), normal(6, seed=3)),
     ),
+    "branch_bias": Case(
+        lambda *x: sum(add_layer_norm(*x)),
+        lambda *x: sum(eager.add_layer_norm(*x)),
+        (normal(3, 6), normal(3, 6, seed=1), normal(6, seed=2), normal(6, seed=3), normal(6, seed=4)),
+    ),
     "attention": Case(lambda x: attention(x, 2), lambda x: eager.attention(x, 2), (normal(1, 3, 12),)),
     "attention_qkv": Case(
         causal_attention,

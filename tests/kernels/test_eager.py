@@ -45,8 +45,9 @@ def layer_norm_formula(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> n
     return (x - mean) / np.sqrt(var + 1e-5) * weight + bias
 
 
-def add_layer_norm_formula(residual: np.ndarray, branch: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> tuple:
-    return residual + branch, layer_norm_formula(residual + branch, weight, bias)
+def add_layer_norm_formula(residual, branch, weight, bias, branch_bias=0.0) -> tuple:
+    total = residual + branch + branch_bias
+    return total, layer_norm_formula(total, weight, bias)
 
 
 def gelu_formula(x: np.ndarray) -> np.ndarray:
@@ -100,6 +101,7 @@ CASES = {
     "layer_norm": Case(eager.layer_norm, layer_norm_formula, (X, WEIGHT, BIAS)),
     "layer_norm's epsilon": Case(eager.layer_norm, layer_norm_formula, (1e-3 * BRANCH, WEIGHT, BIAS)),
     "add_layer_norm": Case(eager.add_layer_norm, add_layer_norm_formula, (BRANCH, X, WEIGHT, BIAS)),
+    "branch_bias": Case(eager.add_layer_norm, add_layer_norm_formula, (BRANCH, X, WEIGHT, BIAS, normal(C, seed=4))),
     "gelu": Case(eager.gelu, gelu_formula, (3 * BRANCH,)),
     "attention": Case(lambda qkv: eager.attention(qkv, H), attention_formula, (normal(B, T, 3 * C),)),
     "sdpa_attention": Case(lambda qkv: eager.sdpa_attention(qkv, H), attention_formula, (normal(B, T, 3 * C),)),

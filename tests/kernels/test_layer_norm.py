@@ -22,12 +22,13 @@ WIDTHS = (
 
 
 def inputs_of(n_rows: int, width: int, dtype: torch.dtype = FP32, mean: float = 5.0, **other_dtypes: torch.dtype):
-    """residual, branch, weight, bias, of one dtype or of others by name."""
+    """residual, branch, weight, bias, branch_bias, of one dtype or of others by name."""
     return {
         "residual": normal(n_rows, width, mean=mean, dtype=other_dtypes.get("residual", dtype)),
         "branch": normal(n_rows, width, dtype=other_dtypes.get("branch", dtype), seed=1),
         "weight": normal(width, mean=1.0, dtype=other_dtypes.get("weight", dtype), seed=2),
         "bias": normal(width, dtype=other_dtypes.get("bias", dtype), seed=3),
+        "branch_bias": normal(width, mean=2.0, dtype=other_dtypes.get("branch_bias", dtype), seed=6),
     }
 
 
@@ -38,7 +39,8 @@ def gradients_of(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 def without_branch(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {"x" if name == "residual" else name: tensor for name, tensor in inputs.items() if name != "branch"}
+    names = {"x": "residual", "weight": "weight", "bias": "bias"}
+    return {name: inputs[given] for name, given in names.items()}
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -47,8 +49,8 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torc
     return eager.layer_norm(x.to(wide), weight.to(wide), bias.to(wide)).to(x.dtype)
 
 
-def add_reference(residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
-    residual = residual + branch
+def add_reference(residual, branch, weight, bias, branch_bias=None):
+    residual = residual + (branch if branch_bias is None else branch + branch_bias)
     return residual, reference(residual, weight, bias)
 
 
@@ -56,7 +58,7 @@ def assert_both_no_worse(inputs, gradients=None):
     """Both ops, forward and every gradient."""
     gradients = gradients or gradients_of(inputs)
     n_rows = inputs["residual"].numel() // inputs["residual"].shape[-1]
-    summed = {"dweight": n_rows, "dbias": n_rows}
+    summed = dict.fromkeys(("dweight", "dbias", "dbranch_bias"), n_rows)
     alone = without_branch(inputs)
     assert_no_worse(accuracy.compare_op(layer_norm, reference, alone, gradients[1:], summed))
     assert_no_worse(accuracy.compare_op(add_layer_norm, add_reference, inputs, gradients, summed))
@@ -73,6 +75,7 @@ def test_rows_of_equal_numbers(width, dtype):
     inputs = inputs_of(2, width, dtype)
     for name in ("residual", "branch"):
         inputs[name] = (3.0 * inputs[name][:, :1]).expand(-1, width)
+    inputs["branch_bias"] = inputs["branch_bias"][:1].expand(width)
     assert_both_no_worse(inputs)
 
 
@@ -93,9 +96,11 @@ def test_more_partial_sums_than_a_block(monkeypatch):
 MIXED = {
     "a stream in fp32": {"branch": BF16},
     "a branch in fp32": {"residual": BF16},
-    "weights in fp32": {"residual": BF16, "branch": BF16},
+    "weights in fp32": {"residual": BF16, "branch": BF16, "branch_bias": BF16},
+    "branch_bias in fp32": {"residual": BF16, "branch": BF16, "weight": BF16, "bias": BF16},
     "weights in bf16": {"weight": BF16, "bias": BF16},
     "bias in bf16": {"bias": BF16},
+    "branch_bias in bf16": {"branch_bias": BF16},
     "fp16 and bf16": {"residual": torch.float16, "branch": BF16},
 }
 
@@ -104,7 +109,7 @@ MIXED = {
 def test_mixed_dtypes(mixed):
     inputs = inputs_of(5, 200, **mixed)
     assert_both_no_worse(inputs)
-    stream = torch.promote_types(inputs["residual"].dtype, inputs["branch"].dtype)
+    stream = (inputs["residual"] + inputs["branch"] + inputs["branch_bias"]).dtype
     assert [out.dtype for out in add_layer_norm(*inputs.values())] == [stream, stream]
     assert layer_norm(*without_branch(inputs).values()).dtype == inputs["residual"].dtype
 
@@ -118,7 +123,7 @@ def assert_no_worse_under_autocast(inputs, dtype, n_rows):
         residual, normed = add_reference(*inputs)
         return residual, normed.to(dtype) if normed.dtype == FP32 else normed
 
-    summed = {"dweight": n_rows, "dbias": n_rows}
+    summed = dict.fromkeys(("dweight", "dbias", "dbranch_bias"), n_rows)
     assert_no_worse(accuracy.compare_op(ours, rounded, inputs, gradients_of(inputs), summed))
 
 
@@ -142,9 +147,38 @@ def test_layer_norm_of_the_sum_has_the_same_bits(width, residual, branch, autoca
         pytest.skip("no network makes this pair, and the compiler lays its rows out in two ways")
     inputs = inputs_of(11, width, residual=residual, branch=branch)
     with torch.autocast(DEVICE, BF16, enabled=autocast):
-        total, normed = add_layer_norm(*inputs.values())
-        assert torch.equal(total, inputs["residual"] + inputs["branch"])
-        assert torch.equal(layer_norm(total, inputs["weight"], inputs["bias"]), normed)
+        r, b, weight, bias, branch_bias = inputs.values()
+        total, _ = add_layer_norm(r, b, weight, bias)
+        assert torch.equal(total, r + b)
+        for added in (None, branch_bias):
+            total, normed = add_layer_norm(r, b, weight, bias, added)
+            assert torch.equal(layer_norm(total, weight, bias), normed)
+
+
+@pytest.mark.parametrize(("residual", "branch"), [(FP32, FP32), (FP32, BF16), (BF16, BF16)], ids=str)
+def test_branch_bias(residual, branch):
+    """Added before the sum is rounded; its gradient is that of the branch, summed before that is rounded."""
+    inputs = inputs_of(37, 200, residual=residual, branch=branch, branch_bias=branch)
+    gradients = gradients_of(inputs)
+    with_bias = accuracy.outputs_and_gradients(add_layer_norm, inputs, gradients)
+    exact_sum = inputs["residual"].float() + (inputs["branch"].float() + inputs["branch_bias"].float())
+    assert torch.equal(with_bias["out0"], exact_sum.to(residual))
+
+    zero = accuracy.outputs_and_gradients(add_layer_norm, inputs | {"branch_bias": normal(200) * 0}, gradients)
+    inputs["residual"] = inputs["residual"].float()  # as in the sum with a bias in fp32
+    without = {name: x for name, x in inputs.items() if name != "branch_bias"}
+    none = accuracy.outputs_and_gradients(add_layer_norm, without, gradients)
+    assert all(torch.equal(zero[name].float(), none[name].float()) for name in none if name != "dresidual")
+    torch.testing.assert_close(zero["dbranch_bias"], none["dresidual"].sum(0))
+
+
+def test_branch_bias_has_a_gradient_where_only_the_sum_is_used():
+    inputs = inputs_of(5, 48, branch=BF16, branch_bias=BF16)
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    dresidual = gradients_of(inputs)[0]
+    add_layer_norm(*leaves.values())[0].backward(dresidual)
+    assert torch.equal(leaves["branch_bias"].grad, dresidual.sum(0).to(BF16))
+    assert leaves["weight"].grad is None
 
 
 LAYOUTS = """
@@ -156,7 +190,8 @@ from kernels.layer_norm import _layer_norm_fwd_kernel as kernel
 
 row = launch.lookup("layer_norm", torch.device("cpu"), 4, 768)
 constants = dict(
-    N_COLS=768, ALIGN=16, COMPUTE_DTYPE=tl.float32, BLOCK_M=row.block_m, BLOCK_N=1024, NUM_STAGES=row.num_stages
+    N_COLS=768, ALIGN=16, COMPUTE_DTYPE=tl.float32, BLOCK_M=row.block_m, BLOCK_N=1024, NUM_STAGES=row.num_stages,
+    HAS_BRANCH_BIAS=False, branch_bias_ptr=None,
 )
 pointers = {"x": "fp32", "branch": "bf16", "weight": "fp32", "bias": "fp32", "residual": "fp32", "y": "bf16"}
 for has_branch in (True, False):
@@ -227,7 +262,7 @@ def test_the_compiler_is_told_what_divides_every_stride():
 def test_strided_weights():
     inputs = inputs_of(5, 48)
     weights = torch.stack([inputs["weight"], inputs["bias"]], 1)
-    assert_both_no_worse(inputs | {"weight": weights[:, 0], "bias": weights[:, 1]})
+    assert_both_no_worse(inputs | {"weight": weights[:, 0], "bias": weights[:, 1], "branch_bias": weights[:, 1]})
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (0, 1)], ids=["the sum", "its LayerNorm", "both"])
@@ -250,7 +285,7 @@ def test_gradients_of_a_sum_over_what_is_used(used, branch):
 def test_the_gradients_of_residual_and_branch_are_two():
     leaves = [x.requires_grad_() for x in inputs_of(5, 48).values()]
     torch.autograd.backward(add_layer_norm(*leaves), gradients_of(inputs_of(5, 48)))
-    residual, branch = leaves[:2]
+    residual, branch, *_ = leaves
     assert torch.equal(residual.grad, branch.grad)
     residual.grad.zero_()
     assert branch.grad.abs().min() > 0
@@ -273,7 +308,7 @@ def test_no_rows():
     for op, given, n_outputs in ((layer_norm, without_branch(empty), 1), (add_layer_norm, empty, 2)):
         results = accuracy.outputs_and_gradients(op, given, [torch.empty(0, 48, device=DEVICE)] * n_outputs)
         assert results["out0"].shape == (0, 48)
-        assert not results["dweight"].any() and not results["dbias"].any()
+        assert not any(results[name].any() for name in ("dweight", "dbias", "dbranch_bias") if name in results)
 
 
 def test_gradcheck(monkeypatch):
@@ -287,19 +322,21 @@ def test_gradcheck(monkeypatch):
 def test_opcheck(residual, branch):
     ops = torch.ops.tritongpt
     inputs = inputs_of(3, 7, residual=residual, branch=branch, weight=FP32)
-    x, other, weight, bias = (tensor.requires_grad_() for tensor in inputs.values())
+    x, other, weight, bias, branch_bias = (tensor.requires_grad_() for tensor in inputs.values())
     torch.library.opcheck(ops.layer_norm, (x, weight, bias, BF16))
-    torch.library.opcheck(ops.add_layer_norm, (x, other, weight, bias, BF16))
+    for added in (None, branch_bias):
+        torch.library.opcheck(ops.add_layer_norm, (x, other, added, weight, bias, BF16))
     dy, dresidual = normal(3, 7, dtype=BF16), normal(3, 7, seed=1)
     saved = normal(3, 7, seed=2), normal(2, 3), normal(7)
-    for gradient in (dresidual, None):
-        torch.library.opcheck(ops.layer_norm_backward, (dy, gradient, *saved, residual, branch, BF16))
+    for gradient, branch_bias_dtype in ((dresidual, None), (dresidual, FP32), (None, None)):
+        dtypes = residual, branch, BF16, branch_bias_dtype
+        torch.library.opcheck(ops.layer_norm_backward, (dy, gradient, *saved, *dtypes))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled(autocast):
-    def two(residual, branch, weight, bias):
-        residual, normed = add_layer_norm(residual, branch, weight, bias)
+    def two(residual, branch, weight, bias, branch_bias):
+        residual, normed = add_layer_norm(residual, branch, weight, bias, branch_bias)
         return residual, normed, layer_norm(residual, weight, bias)
 
     inputs = inputs_of(5, 48)
@@ -346,21 +383,25 @@ def test_what_is_refused():
     for refused in ((x, weight[:4], weight), (x, weight, weight[:4]), (x, weight, x)):
         with pytest.raises(ValueError, match="as wide as a row"):
             layer_norm(*refused)
+    with pytest.raises(ValueError, match="branch_bias is as wide as a row"):
+        add_layer_norm(x, x, weight, weight, weight[:4])
+    with pytest.raises(ValueError, match="fp16 or bf16, and branch_bias is"):
+        add_layer_norm(x, x, weight, weight, weight.int())
     with pytest.raises(ValueError, match="differ in shape"):
         add_layer_norm(x, x[:1], weight, weight)
 
 
 def test_cost_is_what_goes_in_and_comes_out():
-    inputs = inputs_of(5, 48, branch=BF16, weight=FP32)
+    inputs = inputs_of(5, 48, branch=BF16)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     with torch.autocast(DEVICE, BF16):
         outputs = add_layer_norm(*leaves.values())
     gradients = torch.autograd.grad(outputs, list(leaves.values()), [out.detach() for out in outputs])
     n_bytes = sum(tensor.nbytes for tensor in (*inputs.values(), *outputs)) + 2 * 5 * 4  # mean and rstd
-    assert kernel_file.forward_cost(5, 48, 4, 2, 4, 2).bytes == n_bytes
+    assert kernel_file.forward_cost(5, 48, 4, 2, 4, 2, 4).bytes == n_bytes
     residual, normed = outputs
     read = residual.nbytes + normed.nbytes + residual.nbytes + inputs["weight"].nbytes + 2 * 5 * 4
-    assert kernel_file.backward_cost(5, 48, 4, 2, 4, 2).bytes == read + sum(tensor.nbytes for tensor in gradients)
+    assert kernel_file.backward_cost(5, 48, 4, 2, 4, 2, 4).bytes == read + sum(tensor.nbytes for tensor in gradients)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import torch
 import train
 from kernels import ops
 from kernels.ops import EAGER, Ops
-from model.gpt import GPT
+from model.gpt import GPT, LayerNorm
 from tests.conftest import DEVICE, TINY, TRITON, command_line
 from training.check import check
 
@@ -95,6 +95,20 @@ def test_a_gradient_that_is_missing_is_named(report_of):
 
     right, lines = report_of(EAGER._replace(layer_norm=forgets))
     assert not right and "the first: layer_norm 0 (dweight)" in lines[-1]
+
+
+def test_an_optional_argument_is_checked_where_it_is_given(report_of, monkeypatch):
+    def add(norm, residual, branch):
+        branch = 0 * residual if branch is None else branch
+        return norm.ops.add_layer_norm(residual, branch, norm.weight, norm.bias, norm.bias)
+
+    def forgets(residual, branch, weight, bias, branch_bias):
+        return EAGER.add_layer_norm(residual, branch, weight, bias, branch_bias.detach())
+
+    monkeypatch.setattr(LayerNorm, "add", add)
+    assert report_of(EAGER)[0]
+    right, lines = report_of(EAGER._replace(add_layer_norm=forgets))
+    assert not right and "the first: add_layer_norm 0 (dbranch_bias)" in lines[-1]
 
 
 def test_the_command(tiny, tmp_path, capsys, monkeypatch):
