@@ -48,6 +48,8 @@ class Sweep(NamedTuple):
     num_stages: tuple[int, ...] = (1,)
     max_registers: Mapping[int, int] = {}
     """by num_warps: a limit that is tried beside none"""
+    programs: tuple[int, ...] = (1,)
+    """per multiprocessor"""
 
 
 class Tunable(NamedTuple):
@@ -66,8 +68,9 @@ ONE_MORE_BLOCK = {4: 168, 8: 128}
 # Tiles of scores. tl.dot takes 16 or more; the side that a block keeps is at least wgmma's 64.
 QUERIES_KEPT = Sweep((64, 128), (32, 64, 128), (4, 8), (2, 3), ONE_MORE_BLOCK)
 KEYS_KEPT = Sweep((32, 64, 128), (64, 128), (4, 8), (2, 3), ONE_MORE_BLOCK)
-# Whole rows. Two stages share one buffer, so that nothing overlaps within a block; with three, copies do.
-ROWS = Sweep((1, 2, 4, 8, 16), (0,), (4, 8, 16), (1, 2, 3))
+# Whole rows. Two stages share one buffer, so that nothing overlaps within a block; with three, copies do, and between
+# blocks of an SM everything does.
+ROWS = Sweep((1, 2, 4, 8, 16), (0,), (4, 8, 16), (1, 2, 3), programs=(1, 2, 3))
 PARTIALS = Sweep((32, 64, 128), (16, 32, 64), (4, 8))
 GATHER = Sweep((1, 4, 8, 16), (128, 256, 512, 1024), (4, 8))
 # Elements of a block: more bytes in flight per thread, or more blocks on an SM.
@@ -143,26 +146,28 @@ def candidates(tunable: Tunable, case: Case) -> list[LaunchConfig]:
     with launch.DryRun(case.capability, lambda call: None):
         present = launch.lookup(tunable.config, torch.device("cpu"), DTYPE.itemsize, width)
     found = [present]
-    for m, n, warps, stages in itertools.product(*sweep[:4]):
+    for m, n, warps, stages, programs in itertools.product(*sweep[:4], sweep.programs):
         elements = m * (n or launch.next_power_of_2(width)) / (32 * warps)
         if ELEMENTS_PER_THREAD[0] <= elements <= ELEMENTS_PER_THREAD[1]:
-            tried = present._replace(block_m=m, block_n=n, num_warps=warps, num_stages=stages)
+            tried = present._replace(block_m=m, block_n=n, num_warps=warps, num_stages=stages, programs=programs)
             limits = dict.fromkeys((None, sweep.max_registers.get(warps)))
             found += [tried._replace(max_registers=limit) for limit in limits]
     return [present, *(config._replace(capability=case.capability) for config in found if config != present)]
 
 
 def name(config: LaunchConfig) -> str:
-    """As in the rows: attention 128×64 w8 s3 r128."""
+    """As in the rows: attention 128×64 w8 s3 r128; p2 for two programs per SM."""
     limit = f" r{config.max_registers}" if config.max_registers else ""
-    return f"{config.op} {config.block_m}×{config.block_n} w{config.num_warps} s{config.num_stages}{limit}"
+    programs = f" p{config.programs}" if config.programs > 1 else ""
+    return f"{config.op} {config.block_m}×{config.block_n} w{config.num_warps} s{config.num_stages}{limit}{programs}"
 
 
 def source(config: LaunchConfig) -> str:
     """The row as Python text."""
     width = "ANY" if config.width == launch.ANY else config.width
     numbers = ", ".join(map(str, (config.capability, width, *config[3:8])))
-    options = [f", {field}={value}" for field, value in zip(config._fields[8:], config[8:], strict=True) if value]
+    defaults = config._field_defaults
+    options = [f", {name}={getattr(config, name)}" for name in defaults if getattr(config, name) != defaults[name]]
     return f'LaunchConfig("{config.op}", {numbers}{"".join(options)}),'
 
 
@@ -222,10 +227,12 @@ def listing(found: Sequence[Candidate], chip: Chip) -> str:
             share = occupancy(chip, code.registers, code.shared, code.threads // 32)
             blocks = round(share * chip.threads_per_sm / code.threads)
             cells = code.registers, code.spills, code.shared, blocks, f"{100 * share:.0f}%"
-        lines.append((*config[4:9], *cells, dropped or ("present row" if config is found[0].config else "")))
+        note = dropped or ("present row" if config is found[0].config else "")
+        lines.append((*config[4:9], config.programs, *cells, note))
     reasons = Counter(candidate.dropped.partition(":")[0] for candidate in found if candidate.dropped)
     counts = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common()) or "none"
-    header = ["block_m", "block_n", "warps", "stages", "limit", "registers", "spills", "shared", "blocks per SM"]
+    header = ["block_m", "block_n", "warps", "stages", "limit", "programs"]
+    header += ["registers", "spills", "shared", "blocks per SM"]
     left = f"{len(found) - reasons.total()} of {len(found)} are left within the limits of {chip.name}"
     return f"{table([*header, 'occupancy', 'dropped'], lines)}\n{left}; dropped: {counts}"
 

@@ -43,6 +43,8 @@ class LaunchConfig(NamedTuple):
     """limit per thread, where a few fewer let another program run on the same multiprocessor without spills"""
     unaligned: bool = False
     """only for widths that 16 does not divide, where the address of each element takes registers"""
+    programs: int = 1
+    """per multiprocessor, of a kernel whose programs share the rows"""
 
 
 ANY = 1 << 62
@@ -64,9 +66,13 @@ ATTENTION_80 = (
 
 # The first row that applies is used.
 CONFIGS = (
-    # A tile of 8192 elements in registers while the next one is loaded. Backward takes half as many, since the sums of
-    # dw and db are in registers too. With any dtypes at most 99 KiB of shared memory, the limit of the smaller GPUs.
-    *(LaunchConfig("layer_norm", 0, width, 4, 8192 // width, 0, 16, 2) for width in WIDTHS),
+    # Forward: two programs per multiprocessor, each with a tile of 4096 elements in registers while the next one is
+    # loaded, which takes three stages: with two there is one buffer. Two fit if a thread has at most 128 registers
+    # (without that limit ptxas aims at 64, and sometimes spills), and in 16 bits into 100 KiB of shared memory.
+    # Backward has one program, since each writes partial sums, and a tile of 4096 elements, since the sums of dw and db
+    # are in registers too. With any dtypes a program has at most 99 KiB, the limit of the smaller GPUs.
+    *(LaunchConfig("layer_norm", 0, width, 4, 4096 // width, 0, 8, 3, 128, programs=2) for width in WIDTHS[:-1]),
+    LaunchConfig("layer_norm", 0, 8192, 4, 1, 0, 16, 2),
     LaunchConfig("layer_norm", 0, 16384, 8, 1, 0, 32, 1),
     *(LaunchConfig("layer_norm_backward", 0, width, 4, 4096 // width, 0, 16, 3) for width in WIDTHS[:-1]),
     LaunchConfig("layer_norm_backward", 0, 8192, 4, 1, 0, 16, 2),
@@ -144,7 +150,8 @@ def _first_config(op: str, at: int, itemsize: int, width: int) -> LaunchConfig:
 
 
 def n_programs(device: torch.device) -> int:
-    """Number of programs that share the rows of a call: one per multiprocessor.
+    """Number of multiprocessors, each of which gets one program, or `programs` of the configuration, if programs share
+    the rows of a call.
 
     It depends on the compute capability alone. Each program adds a partial sum, so two boards of one generation with
     different numbers of multiprocessors would otherwise differ in the last bits.

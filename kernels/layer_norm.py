@@ -213,12 +213,13 @@ def _configure(op: str, r: torch.Tensor, *strides: int | None, **flags: bool) ->
         "BLOCK_N": launch.next_power_of_2(n_cols),
         "NUM_STAGES": config.num_stages,
         "num_warps": config.num_warps,
+        "maxnreg": config.max_registers,
     }
     return (_n_programs(config, r),), constants
 
 
 def _n_programs(config: launch.LaunchConfig, r: torch.Tensor) -> int:
-    return min(launch.n_programs(r.device), launch.cdiv(r.numel() // r.shape[-1], config.block_m))
+    return min(config.programs * launch.n_programs(r.device), launch.cdiv(r.numel() // r.shape[-1], config.block_m))
 
 
 def _launch_forward(

@@ -50,6 +50,12 @@ def test_tiles_have_enough_for_each_thread_and_not_too_much():
     ]
 
 
+def test_numbers_of_programs_are_tried_where_they_share_rows():
+    tunable = Tunable("layer_norm", "", "forward", Sweep((8,), (0,), (8,), (3,), programs=(1, 3)))
+    names = [tune.name(config) for config in tune.candidates(tunable, case_of("layer_norm"))]
+    assert names == [f"layer_norm {row}" for row in ("4×0 w8 s3 r128 p2", "8×0 w8 s3", "8×0 w8 s3 p3")]
+
+
 def test_a_limit_of_registers_is_tried_beside_none():
     tunable = Tunable("attention", "", "forward", Sweep((128,), (64,), (4, 8), (3,), {4: 168}))
     names = [tune.name(config) for config in tune.candidates(tunable, case_of("attention"))]
@@ -123,7 +129,7 @@ def test_a_survey_keeps_the_present_row_and_drops_what_is_worse(machine_code):
     }
     assert compiled == ["_attention_fwd_kernel"] * 6
     _, present, *_, last = tune.listing(found, CHIPS["H100"]).splitlines()
-    assert present.split() == ["128", "64", "8", "3", "128", "200", "8", "65,536", "1", "12%", "present", "row"]
+    assert present.split() == ["128", "64", "8", "3", "128", "1", "200", "8", "65,536", "1", "12%", "present", "row"]
     counts = "2 × spills, 2 × limit is no use, 2 × does not compile"
     assert last == f"2 of 8 are left within the limits of H100; dropped: {counts}"
 

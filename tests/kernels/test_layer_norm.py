@@ -86,6 +86,21 @@ def test_programs_share_the_rows(n_rows, width, n_programs, monkeypatch):
     assert_both_no_worse(inputs_of(n_rows, width))
 
 
+def test_several_programs_per_multiprocessor(monkeypatch):
+    monkeypatch.setattr(launch, "n_programs", lambda device: 2)
+    inputs = inputs_of(37, 64)
+    want = accuracy.outputs_and_gradients(add_layer_norm, inputs, gradients_of(inputs))
+    row = launch.lookup("layer_norm", inputs["residual"].device, 4, 64)._replace(block_m=4)
+    for programs in (1, 3):
+        calls: list[launch.Call] = []
+        with launch.Trial(row._replace(programs=programs)):
+            got = accuracy.outputs_and_gradients(add_layer_norm, inputs, gradients_of(inputs))
+            with launch.DryRun(90, calls.append):
+                add_layer_norm(*inputs.values())
+        assert calls[0].grid == (2 * programs,) and calls[0].options["maxnreg"] == row.max_registers
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_more_partial_sums_than_a_block(monkeypatch):
     few = launch.LaunchConfig("layer_norm_partials", 0, launch.ANY, 8, 4, 32, 4, 1)
     monkeypatch.setattr(launch, "n_programs", lambda device: 9)
