@@ -1,14 +1,15 @@
 """Causal self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), forward and backward, in tiles that
 never leave the chip, as in FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
 
-    s = q·kᵀ/√D over the keys up to the query's position,   p = softmax(s),   o = p·v,   lse = log Σ exp(s)
+    s = q·kᵀ/√D over the keys up to the query's position,   p = softmax(s),   o = p·v,   lse = log₂ Σ exp(s)
     dv = pᵀ·do,   ds = p∘(do·vᵀ − delta),   dq = ds·k/√D,   dk = dsᵀ·q/√D,   delta = rowsum(o∘do)
 
 q, k, v, o: (B, H, T, D), fp32, fp16 or bf16, D from 1 to 128. All are read and written through strides: the packed
 form (B, T, 3C) is three such views of one tensor, its gradient three of another, and nothing is transposed or copied.
-Saved for backward: the inputs, o, and lse, (B, H, T) in fp32, or in fp64 if the inputs are fp32: backward recomputes p
-as exp(s − lse), so the rounding error of lse becomes one of p, which eager, saving p, does not have. s, p, dp, ds and
-all sums are fp32. p and ds are rounded to the inputs' dtype for the next product, and stay in registers.
+Saved for backward: the inputs, o, and lse, (B, H, T) in base 2, in fp32, or in fp64 if the inputs are fp32: backward
+recomputes p as exp2(s·log₂e − lse), so the rounding error of lse becomes one of p, which eager, saving p, does not
+have. s, p, dp, ds and all sums are fp32. p and ds are rounded to the inputs' dtype for the next product, and stay in
+registers.
 
 Forward: a program takes BLOCK_M queries over all their keys, with an online softmax in base 2. Backward: one kernel
 takes BLOCK_M queries over their keys for dq, and also computes delta, since it has do; a second one takes BLOCK_N keys
@@ -21,66 +22,28 @@ compulsory). FLOPs as usually counted, the causal half of 2 and of 5 products of
 times as many backward, where 3.5 times as many are executed.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels import launch
+from kernels import column_sums, launch
 from kernels.cost import Cost
 from kernels.dispatch import PLAIN, autocast_dtype, check, register
+from kernels.tiles import LOG2_E, dot, load, load_row, operand, pointers, store
 
 MAX_HEAD_DIM = 128
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+GROUP_BYTES = 32 * 2**20
+"""most bytes of the keys and values of a group of heads: they should stay in L2, which has 40 MB on an A100"""
 
 
 @triton.jit
-def _pointers(ptr, b, h, offs_row, offs_d, stride_b, stride_h, stride_row, stride_d):
-    """(rows, BLOCK_D) pointers into head h of sequence b. b and h are int64, as all offsets have to be."""
-    rows = ptr + b * stride_b + h * stride_h + offs_row.to(tl.int64)[:, None] * stride_row
-    return rows + offs_d.to(tl.int64)[None, :] * stride_d
-
-
-@triton.jit
-def _load(ptrs, offs_row, T, offs_d, EVEN_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile, zero beyond T and HEAD_DIM. Masked only if it may reach there."""
-    if EVEN_ROWS and HEAD_DIM == BLOCK_D:
-        tile = tl.load(ptrs)
-    elif EVEN_ROWS:
-        tile = tl.load(ptrs, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
-    elif HEAD_DIM == BLOCK_D:
-        tile = tl.load(ptrs, mask=offs_row[:, None] < T, other=0.0)
-    else:
-        tile = tl.load(ptrs, mask=(offs_row[:, None] < T) & (offs_d[None, :] < HEAD_DIM), other=0.0)
-    return tile
-
-
-@triton.jit
-def _operand(x, INPUT_PRECISION: tl.constexpr):
-    """x as an operand of a product. For TF32, tensor cores drop the last 13 bits of fp32, which biases every product
-    towards zero. So round first, to nearest, ties away from zero, as cuBLAS does. ptxas compiles this to the same three
-    instructions as cvt.rna.tf32, which the interpreter lacks. Infinity and NaN are unchanged."""
-    if INPUT_PRECISION == "tf32" and x.dtype == tl.float32:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = tl.where(tl.abs(x) < float("inf"), tl.add(bits, 0x1000, sanitize_overflow=False), bits)
-        x = (bits & 0xFFFFE000).to(tl.float32, bitcast=True)
-    return x
-
-
-@triton.jit
-def _dot(a, b, acc, INPUT_PRECISION: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
-    """acc + a·b; acc may be None."""
-    a = _operand(a, INPUT_PRECISION)
-    b = _operand(b, INPUT_PRECISION)
-    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=COMPUTE_DTYPE)
-
-
-@triton.jit
-def _load_row(ptrs, offs_row, T, EVEN_ROWS: tl.constexpr):
-    """One number per row, zero beyond T."""
-    return tl.load(ptrs) if EVEN_ROWS else tl.load(ptrs, mask=offs_row < T, other=0.0)
+def _program(H):
+    """(place of this program's block among those of its head, the longest first; head; its b and h)."""
+    head = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    return tl.program_id(1), head, head // H, head % H
 
 
 @triton.jit
@@ -94,9 +57,13 @@ def _probabilities(s, lse):
 
 
 @triton.jit
-def _store(ptrs, tile, offs_row, T, offs_d, HEAD_DIM: tl.constexpr):
-    mask = (offs_row[:, None] < T) & (offs_d[None, :] < HEAD_DIM)
-    tl.store(ptrs, tile.to(ptrs.dtype.element_ty), mask=mask)
+def _store_sums(sums_ptr, tile, b, h, H, part, n_parts, offs_d, HEAD_DIM: tl.constexpr):
+    """The column sums of a gradient's tile, whose rows beyond T are zero, as a row of (B·blocks, n_parts, H, D)."""
+    row = b.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    offs = ((row * n_parts + part) * H + h) * HEAD_DIM + offs_d
+    # In pairs of columns: a plain sum over rows takes so many registers that ptxas would serialise wgmma.
+    pairs = tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)), 0)
+    tl.store(sums_ptr + offs, tl.reshape(pairs, (tile.shape[1],)), mask=offs_d < HEAD_DIM)
 
 
 @triton.jit
@@ -111,18 +78,15 @@ def _attention_fwd_kernel(
     EVEN_T: tl.constexpr, COMPUTE_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     qk_scale: tl.constexpr = HEAD_DIM**-0.5 * LOG2_E
-    n_blocks = tl.cdiv(T, BLOCK_M)
-    pid_m = n_blocks - 1 - tl.program_id(0) % n_blocks  # the longest programs of a head first
-    pid_bh = tl.program_id(0) // n_blocks
-    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
-    start_m = pid_m * BLOCK_M
+    place, bh, b, h = _program(H)
+    start_m = (tl.num_programs(1) - 1 - place) * BLOCK_M  # the last queries have the most keys
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    q_ptrs = _pointers(q_ptr, b, h, offs_m, offs_d, stride_qb, stride_qh, stride_qm, stride_qd)
-    k_ptrs = _pointers(k_ptr, b, h, offs_n, offs_d, stride_kb, stride_kh, stride_kn, stride_kd)
-    v_ptrs = _pointers(v_ptr, b, h, offs_n, offs_d, stride_vb, stride_vh, stride_vn, stride_vd)
-    q = _load(q_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+    q_ptrs = pointers(q_ptr, b, h, offs_m, offs_d, stride_qb, stride_qh, stride_qm, stride_qd)
+    k_ptrs = pointers(k_ptr, b, h, offs_n, offs_d, stride_kb, stride_kh, stride_kn, stride_kd)
+    v_ptrs = pointers(v_ptr, b, h, offs_n, offs_d, stride_vb, stride_vh, stride_vn, stride_vd)
+    q = load(q_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], COMPUTE_DTYPE)
     l_i = tl.zeros([BLOCK_M], COMPUTE_DTYPE)
@@ -133,29 +97,29 @@ def _attention_fwd_kernel(
         stop = diagonal if IS_FULL else tl.minimum(start_m + BLOCK_M, T)
         for start_n in tl.range(start, stop, BLOCK_N):
             step = tl.cast(start_n, tl.int64)
-            k = _load(k_ptrs + step * stride_kn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
-            s = _dot(q, tl.trans(k), None, INPUT_PRECISION, COMPUTE_DTYPE)
+            k = load(k_ptrs + step * stride_kn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
+            s = dot(q, tl.trans(k), None, INPUT_PRECISION, COMPUTE_DTYPE)
             if not IS_FULL:
-                s = tl.where(offs_m[:, None] >= start_n + offs_n[None, :], s, float("-inf"))
+                s = tl.where((offs_m - start_n)[:, None] >= offs_n[None, :], s, float("-inf"))
             # The first tile has a key for every query, so m_new is never −inf, and no difference below is −inf − −inf.
             m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
             p = tl.exp2(s * qk_scale - m_new[:, None])
             alpha = tl.exp2(m_i - m_new)
             l_i = l_i * alpha + tl.sum(p, 1)
             acc = acc * alpha[:, None]
-            v = _load(v_ptrs + step * stride_vn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
-            acc = _dot(p.to(v.dtype), v, acc, INPUT_PRECISION, COMPUTE_DTYPE)
+            v = load(v_ptrs + step * stride_vn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
+            acc = dot(p.to(v.dtype), v, acc, INPUT_PRECISION, COMPUTE_DTYPE)
             m_i = m_new
 
-    o_ptrs = _pointers(o_ptr, b, h, offs_m, offs_d, stride_ob, stride_oh, stride_om, stride_od)
-    _store(o_ptrs, acc / l_i[:, None], offs_m, T, offs_d, HEAD_DIM)
+    o_ptrs = pointers(o_ptr, b, h, offs_m, offs_d, stride_ob, stride_oh, stride_om, stride_od)
+    store(o_ptrs, acc / l_i[:, None], offs_m, T, offs_d, HEAD_DIM)
     lse = m_i.to(lse_ptr.dtype.element_ty) + tl.log2(l_i)
-    tl.store(lse_ptr + pid_bh.to(tl.int64) * T + offs_m, lse * LN_2, mask=offs_m < T)
+    tl.store(lse_ptr + bh.to(tl.int64) * T + offs_m, lse, mask=offs_m < T)
 
 
 @triton.jit
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, sums_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -167,28 +131,25 @@ def _attention_bwd_dq_kernel(
     EVEN_T: tl.constexpr, COMPUTE_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     qk_scale: tl.constexpr = HEAD_DIM**-0.5 * LOG2_E
-    n_blocks = tl.cdiv(T, BLOCK_M)
-    pid_m = n_blocks - 1 - tl.program_id(0) % n_blocks  # the longest programs of a head first
-    pid_bh = tl.program_id(0) // n_blocks
-    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
-    start_m = pid_m * BLOCK_M
+    place, bh, b, h = _program(H)
+    start_m = (tl.num_programs(1) - 1 - place) * BLOCK_M  # the last queries have the most keys
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    rows = pid_bh.to(tl.int64) * T + offs_m
+    rows = bh.to(tl.int64) * T + offs_m
 
-    o_ptrs = _pointers(o_ptr, b, h, offs_m, offs_d, stride_ob, stride_oh, stride_om, stride_od)
-    do_ptrs = _pointers(do_ptr, b, h, offs_m, offs_d, stride_dob, stride_doh, stride_dom, stride_dod)
-    o = _load(o_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
-    do = _load(do_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
-    delta = tl.sum(o.to(COMPUTE_DTYPE) * _operand(do, INPUT_PRECISION).to(COMPUTE_DTYPE), 1)
+    o_ptrs = pointers(o_ptr, b, h, offs_m, offs_d, stride_ob, stride_oh, stride_om, stride_od)
+    do_ptrs = pointers(do_ptr, b, h, offs_m, offs_d, stride_dob, stride_doh, stride_dom, stride_dod)
+    o = load(o_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+    do = load(do_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+    delta = tl.sum(o.to(COMPUTE_DTYPE) * operand(do, INPUT_PRECISION).to(COMPUTE_DTYPE), 1)
     tl.store(delta_ptr + rows, delta, mask=offs_m < T)
 
-    q_ptrs = _pointers(q_ptr, b, h, offs_m, offs_d, stride_qb, stride_qh, stride_qm, stride_qd)
-    k_ptrs = _pointers(k_ptr, b, h, offs_n, offs_d, stride_kb, stride_kh, stride_kn, stride_kd)
-    v_ptrs = _pointers(v_ptr, b, h, offs_n, offs_d, stride_vb, stride_vh, stride_vn, stride_vd)
-    q = _load(q_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
-    lse = _load_row(lse_ptr + rows, offs_m, T, EVEN_T) * LOG2_E
+    q_ptrs = pointers(q_ptr, b, h, offs_m, offs_d, stride_qb, stride_qh, stride_qm, stride_qd)
+    k_ptrs = pointers(k_ptr, b, h, offs_n, offs_d, stride_kb, stride_kh, stride_kn, stride_kd)
+    v_ptrs = pointers(v_ptr, b, h, offs_n, offs_d, stride_vb, stride_vh, stride_vn, stride_vd)
+    q = load(q_ptrs, offs_m, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+    lse = load_row(lse_ptr + rows, offs_m, T, EVEN_T)
     last_key = tl.where(offs_m > 0, offs_m, -1)  # with its one key, the first query has ds 0 but for rounding
     dq = tl.zeros([BLOCK_M, BLOCK_D], COMPUTE_DTYPE)
     diagonal = start_m // BLOCK_N * BLOCK_N
@@ -197,23 +158,26 @@ def _attention_bwd_dq_kernel(
         stop = diagonal if IS_FULL else tl.minimum(start_m + BLOCK_M, T)
         for start_n in tl.range(start, stop, BLOCK_N):
             step = tl.cast(start_n, tl.int64)
-            k = _load(k_ptrs + step * stride_kn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
-            v = _load(v_ptrs + step * stride_vn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
-            s = _dot(q, tl.trans(k), None, INPUT_PRECISION, COMPUTE_DTYPE)
+            k = load(k_ptrs + step * stride_kn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
+            v = load(v_ptrs + step * stride_vn, start_n + offs_n, T, offs_d, EVEN_T or IS_FULL, HEAD_DIM, BLOCK_D)
+            s = dot(q, tl.trans(k), None, INPUT_PRECISION, COMPUTE_DTYPE)
             p = _probabilities(s * qk_scale, lse[:, None])
             if not IS_FULL:
                 p = tl.where(last_key[:, None] >= start_n + offs_n[None, :], p, 0.0)
-            dp = _dot(do, tl.trans(v), None, INPUT_PRECISION, COMPUTE_DTYPE)
+            dp = dot(do, tl.trans(v), None, INPUT_PRECISION, COMPUTE_DTYPE)
             ds = p * (dp - delta[:, None])
-            dq = _dot(ds.to(k.dtype), k, dq, INPUT_PRECISION, COMPUTE_DTYPE)
+            dq = dot(ds.to(k.dtype), k, dq, INPUT_PRECISION, COMPUTE_DTYPE)
 
-    dq_ptrs = _pointers(dq_ptr, b, h, offs_m, offs_d, stride_dqb, stride_dqh, stride_dqm, stride_dqd)
-    _store(dq_ptrs, dq * HEAD_DIM**-0.5, offs_m, T, offs_d, HEAD_DIM)
+    dq_ptrs = pointers(dq_ptr, b, h, offs_m, offs_d, stride_dqb, stride_dqh, stride_dqm, stride_dqd)
+    dq *= HEAD_DIM**-0.5
+    store(dq_ptrs, dq, offs_m, T, offs_d, HEAD_DIM)
+    if sums_ptr is not None:
+        _store_sums(sums_ptr, dq, b, h, H, 0, 1, offs_d, HEAD_DIM)
 
 
 @triton.jit
 def _attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, sums_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -225,22 +189,18 @@ def _attention_bwd_dkdv_kernel(
     EVEN_T: tl.constexpr, COMPUTE_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     qk_scale: tl.constexpr = HEAD_DIM**-0.5 * LOG2_E
-    n_blocks = tl.cdiv(T, BLOCK_N)
-    pid_n = tl.program_id(0) % n_blocks  # the longest programs of a head first: its first keys have the most queries
-    pid_bh = tl.program_id(0) // n_blocks
-    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
-    start_n = pid_n * BLOCK_N
+    place, bh, b, h = _program(H)
+    start_n = place * BLOCK_N  # the first keys have the most queries
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    q_ptrs = _pointers(q_ptr, b, h, offs_m, offs_d, stride_qb, stride_qh, stride_qm, stride_qd)
-    k_ptrs = _pointers(k_ptr, b, h, offs_n, offs_d, stride_kb, stride_kh, stride_kn, stride_kd)
-    v_ptrs = _pointers(v_ptr, b, h, offs_n, offs_d, stride_vb, stride_vh, stride_vn, stride_vd)
-    do_ptrs = _pointers(do_ptr, b, h, offs_m, offs_d, stride_dob, stride_doh, stride_dom, stride_dod)
-    lse_ptrs = lse_ptr + pid_bh.to(tl.int64) * T + offs_m
-    delta_ptrs = delta_ptr + pid_bh.to(tl.int64) * T + offs_m
-    k = _load(k_ptrs, offs_n, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
-    v = _load(v_ptrs, offs_n, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+    q_ptrs = pointers(q_ptr, b, h, offs_m, offs_d, stride_qb, stride_qh, stride_qm, stride_qd)
+    k_ptrs = pointers(k_ptr, b, h, offs_n, offs_d, stride_kb, stride_kh, stride_kn, stride_kd)
+    v_ptrs = pointers(v_ptr, b, h, offs_n, offs_d, stride_vb, stride_vh, stride_vn, stride_vd)
+    do_ptrs = pointers(do_ptr, b, h, offs_m, offs_d, stride_dob, stride_doh, stride_dom, stride_dod)
+    first_row = bh.to(tl.int64) * T
+    k = load(k_ptrs, offs_n, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+    v = load(v_ptrs, offs_n, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], COMPUTE_DTYPE)
     dv = tl.zeros([BLOCK_N, BLOCK_D], COMPUTE_DTYPE)
@@ -254,25 +214,29 @@ def _attention_bwd_dkdv_kernel(
             rows = start_m + offs_m
             # Everything is transposed, so that p and ds are left operands, which may stay in registers. Beyond T, q and
             # do are zero and p is finite, so nothing is added. lse and delta are loaded late to save registers.
-            q = _load(q_ptrs + step * stride_qm, rows, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
-            s_t = _dot(k, tl.trans(q), None, INPUT_PRECISION, COMPUTE_DTYPE)
-            lse = _load_row(lse_ptrs + start_m, rows, T, EVEN_T) * LOG2_E
+            q = load(q_ptrs + step * stride_qm, rows, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+            s_t = dot(k, tl.trans(q), None, INPUT_PRECISION, COMPUTE_DTYPE)
+            lse = load_row(lse_ptr + first_row + rows, rows, T, EVEN_T)
             p_t = _probabilities(s_t * qk_scale, lse[None, :])
             if not IS_FULL:
                 p_t = tl.where(rows[None, :] >= offs_n[:, None], p_t, 0.0)
-            do = _load(do_ptrs + step * stride_dom, rows, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
-            dv = _dot(p_t.to(do.dtype), do, dv, INPUT_PRECISION, COMPUTE_DTYPE)
-            dp_t = _dot(v, tl.trans(do), None, INPUT_PRECISION, COMPUTE_DTYPE)
-            delta = _load_row(delta_ptrs + start_m, rows, T, EVEN_T)
+            do = load(do_ptrs + step * stride_dom, rows, T, offs_d, EVEN_T, HEAD_DIM, BLOCK_D)
+            dv = dot(p_t.to(do.dtype), do, dv, INPUT_PRECISION, COMPUTE_DTYPE)
+            dp_t = dot(v, tl.trans(do), None, INPUT_PRECISION, COMPUTE_DTYPE)
+            delta = load_row(delta_ptr + first_row + rows, rows, T, EVEN_T)
             ds_t = p_t * (dp_t - delta[None, :])
             if not IS_FULL:
                 ds_t = tl.where(rows[None, :] > 0, ds_t, 0.0)  # as in the kernel above
-            dk = _dot(ds_t.to(q.dtype), q, dk, INPUT_PRECISION, COMPUTE_DTYPE)
+            dk = dot(ds_t.to(q.dtype), q, dk, INPUT_PRECISION, COMPUTE_DTYPE)
 
-    dk_ptrs = _pointers(dk_ptr, b, h, offs_n, offs_d, stride_dkb, stride_dkh, stride_dkn, stride_dkd)
-    dv_ptrs = _pointers(dv_ptr, b, h, offs_n, offs_d, stride_dvb, stride_dvh, stride_dvn, stride_dvd)
-    _store(dk_ptrs, dk * HEAD_DIM**-0.5, offs_n, T, offs_d, HEAD_DIM)
-    _store(dv_ptrs, dv, offs_n, T, offs_d, HEAD_DIM)
+    dk_ptrs = pointers(dk_ptr, b, h, offs_n, offs_d, stride_dkb, stride_dkh, stride_dkn, stride_dkd)
+    dv_ptrs = pointers(dv_ptr, b, h, offs_n, offs_d, stride_dvb, stride_dvh, stride_dvn, stride_dvd)
+    dk *= HEAD_DIM**-0.5
+    store(dk_ptrs, dk, offs_n, T, offs_d, HEAD_DIM)
+    store(dv_ptrs, dv, offs_n, T, offs_d, HEAD_DIM)
+    if sums_ptr is not None:
+        _store_sums(sums_ptr, dk, b, h, H, 0, 2, offs_d, HEAD_DIM)
+        _store_sums(sums_ptr, dv, b, h, H, 1, 2, offs_d, HEAD_DIM)
 
 
 Heads = tuple[torch.Tensor, tuple[int, ...]]
@@ -285,7 +249,7 @@ def _launch(
     owns: str,
     shape: tuple[int, ...],
     heads: Sequence[Heads],
-    rows: Sequence[torch.Tensor],
+    rows: Sequence[torch.Tensor | None],
 ) -> None:
     """Run a kernel over all heads.
 
@@ -295,7 +259,7 @@ def _launch(
         owns: "block_m" or "block_n": the block for which a program computes the whole result.
         shape: (B, H, T, D).
         heads: in the kernel's order, q first.
-        rows: lse and, in backward, delta: (B, H, T), contiguous.
+        rows: lse and, in backward, delta: (B, H, T), contiguous; then the column sums of the gradients, or None.
     """
     if 0 in shape:
         return
@@ -330,7 +294,15 @@ def _configure(
         "num_stages": config.num_stages,
         "maxnreg": config.max_registers,
     }
-    return (launch.cdiv(T, getattr(config, owns)) * B * H,), constants
+    group = _group(B * H, min(launch.n_programs(q.device), GROUP_BYTES // (2 * T * D * q.element_size())))
+    return (group, _n_blocks(op, owns, shape, q), B * H // group), constants
+
+
+@functools.cache
+def _group(n_heads: int, most: int) -> int:
+    """The largest divisor of n_heads that is at most `most`. A grid has at most 65,535 groups."""
+    group = next(size for size in range(min(n_heads, max(most, 1)), 0, -1) if n_heads % size == 0)
+    return group if n_heads // group < 65536 else n_heads
 
 
 def _forward(shape: tuple[int, ...], q: Heads, k: Heads, v: Heads, o: Heads) -> torch.Tensor:
@@ -351,11 +323,30 @@ def _backward(
     dq: Heads,
     dk: Heads,
     dv: Heads,
+    dbias: torch.Tensor | None = None,
 ) -> None:
-    """Write dq, dk and dv."""
-    delta = torch.empty_like(lse, dtype=launch.wide_dtype(q[0].dtype))
-    _launch(_attention_bwd_dq_kernel, "attention_dq", "block_m", shape, (q, k, v, o, do, dq), (lse, delta))
-    _launch(_attention_bwd_dkdv_kernel, "attention_dkdv", "block_n", shape, (q, k, v, do, dk, dv), (lse, delta))
+    """Write dq, dk and dv, and if given dbias, (3·H·D,): their sums over B and T."""
+    wide = launch.wide_dtype(q[0].dtype)
+    delta = torch.empty_like(lse, dtype=wide)
+    sums_q = sums_kv = None
+    if dbias is not None:
+        sums_q, sums_kv = (
+            q[0].new_empty((_n_blocks(op, owns, shape, q[0]) * shape[0], n * shape[1] * shape[3]), dtype=wide)
+            for op, owns, n in (("attention_dq", "block_m", 1), ("attention_dkdv", "block_n", 2))
+        )
+    _launch(_attention_bwd_dq_kernel, "attention_dq", "block_m", shape, (q, k, v, o, do, dq), (lse, delta, sums_q))
+    _launch(
+        _attention_bwd_dkdv_kernel, "attention_dkdv", "block_n", shape, (q, k, v, do, dk, dv), (lse, delta, sums_kv)
+    )
+    if dbias is not None and sums_q is not None and sums_kv is not None:
+        width = sums_q.shape[1]
+        column_sums.add_up(sums_q, dbias[:width])
+        column_sums.add_up(sums_kv, dbias[width:])
+
+
+def _n_blocks(op: str, owns: str, shape: tuple[int, ...], q: torch.Tensor) -> int:
+    config = launch.lookup(op, q.device, q.element_size(), shape[-1])
+    return launch.cdiv(shape[2], getattr(config, owns))
 
 
 def _lse_dtype(itemsize: int) -> torch.dtype:
@@ -395,7 +386,7 @@ def _dense_rows(do: torch.Tensor) -> torch.Tensor:
     return do if do.stride(-1) == 1 else do.contiguous()
 
 
-def _packed_outputs(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+def packed_outputs(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
     B, T, width = qkv.shape
     return qkv.new_empty((B, T, width // 3)), _empty_lse(_packed_shape(qkv, n_head), qkv)
 
@@ -408,14 +399,19 @@ def packed_forward(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, torch.
 
 
 def packed_backward(
-    do: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, n_head: int
+    do: torch.Tensor,
+    qkv: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    n_head: int,
+    dbias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of qkv, contiguous; do may have any strides."""
+    """The gradient of qkv, contiguous; do may have any strides. Its column sums go to dbias, (3C,)."""
     shape = _packed_shape(qkv, n_head)
     D = shape[-1]
     do, dqkv = _dense_rows(do), _empty_like(qkv)
     do_and_o = (do, _strides(do, D)), (o, _strides(o, D))
-    _backward(shape, *do_and_o, *_split_heads(qkv, D), lse, *_split_heads(dqkv, D))
+    _backward(shape, *do_and_o, *_split_heads(qkv, D), lse, *_split_heads(dqkv, D), dbias)
     return dqkv
 
 
@@ -456,7 +452,7 @@ def _differentiate_qkv(ctx, do, *_):
 
 
 _attention_backward = register("attention_backward", packed_backward, lambda do, qkv, *others: _empty_like(qkv))
-_attention = register("attention", packed_forward, _packed_outputs, _save, _differentiate, visible=1)
+_attention = register("attention", packed_forward, packed_outputs, _save, _differentiate, visible=1)
 _attention_qkv_backward = register(
     "attention_qkv_backward", _separate_backward, lambda do, q, k, v, *others: tuple(map(_empty_like, (q, k, v)))
 )

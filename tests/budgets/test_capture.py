@@ -19,7 +19,8 @@ def test_a_launch_is_noted_with_its_arguments_and_runs_nothing():
     assert noted.grid == (65536 * 3072 // row.block_n,)
     assert noted.args["n_elements"] == 65536 * 3072
     assert noted.args["BLOCK_N"] == row.block_n
-    assert noted.options == {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    assert noted.options == options | {"enable_fp_fusion": True}
     x = noted.args["x_ptr"]
     assert (x.shape, x.stride, x.dtype, x.offset) == ((65536, 3072), (3072, 1), BF16, 0)
     assert x.storage != noted.args["y_ptr"].storage
