@@ -20,7 +20,6 @@ and branch differ. With about 11 and 14 FLOPs per element both are memory-bound.
 include the small terms.
 """
 
-import functools
 import math
 
 import torch
@@ -307,7 +306,7 @@ def _empty(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _outputs(
+def outputs(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The outputs of `forward`, empty."""
@@ -318,16 +317,12 @@ def forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (y, statistics: mean and rstd). dtype is y's."""
-    y, statistics = _outputs(x, weight, bias, dtype)
+    y, statistics = outputs(x, weight, bias, dtype)
     _launch_forward(x, None, None, weight, bias, None, y, statistics)
     return y, statistics
 
 
-def _sum_dtype(*addends: torch.Tensor | None) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (x.dtype for x in addends if x is not None))
-
-
-def _add_outputs(
+def add_outputs(
     residual: torch.Tensor,
     branch: torch.Tensor,
     branch_bias: torch.Tensor | None,
@@ -336,8 +331,8 @@ def _add_outputs(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The outputs of `add_forward`, empty."""
-    r = _empty(residual, _sum_dtype(residual, branch, branch_bias))
-    return r, *_outputs(r, weight, bias, dtype)
+    r = _empty(residual, torch.promote_types(residual.dtype, branch.dtype))
+    return r, *outputs(r, weight, bias, dtype)
 
 
 def add_forward(
@@ -349,12 +344,12 @@ def add_forward(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (residual + branch + branch_bias, y, statistics: mean and rstd). dtype is y's."""
-    r, y, statistics = _add_outputs(residual, branch, branch_bias, weight, bias, dtype)
+    r, y, statistics = add_outputs(residual, branch, branch_bias, weight, bias, dtype)
     _launch_forward(residual, branch, branch_bias, weight, bias, r, y, statistics)
     return r, y, statistics
 
 
-def _gradients(
+def empty_gradients(
     r: torch.Tensor,
     weight: torch.Tensor,
     residual_dtype: torch.dtype,
@@ -381,7 +376,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (dx, dbranch, dw, db, dbranch_bias). If dbranch has the dtype of dx, it is empty, and dx is the gradient
     of both; dbranch_bias is empty if branch_bias_dtype is None."""
-    gradients = _gradients(r, weight, residual_dtype, branch_dtype, bias_dtype, branch_bias_dtype)
+    gradients = empty_gradients(r, weight, residual_dtype, branch_dtype, bias_dtype, branch_bias_dtype)
     dx, dbranch, dweight, dbias, dbranch_bias = gradients
     written = None if branch_dtype == residual_dtype else dbranch
     summed = None if branch_bias_dtype is None else dbranch_bias
@@ -423,10 +418,10 @@ def _add_differentiate(ctx, dresidual, dy, *_):
 
 
 _layer_norm_backward = register(
-    "layer_norm_backward", backward, lambda dy, dresidual, r, statistics, *others: _gradients(r, *others)
+    "layer_norm_backward", backward, lambda dy, dresidual, r, statistics, *others: empty_gradients(r, *others)
 )
-_layer_norm = register("layer_norm", forward, _outputs, _save, _differentiate, visible=1)
-_add_layer_norm = register("add_layer_norm", add_forward, _add_outputs, _add_save, _add_differentiate, visible=2)
+_layer_norm = register("layer_norm", forward, outputs, _save, _differentiate, visible=1)
+_add_layer_norm = register("add_layer_norm", add_forward, add_outputs, _add_save, _add_differentiate, visible=2)
 
 
 def _check_widths(x: torch.Tensor, **vectors: torch.Tensor | None) -> None:
@@ -470,7 +465,8 @@ def add_layer_norm(
         branch: same shape, any of these dtypes.
         weight: (C,), any of these dtypes.
         bias: (C,), any of these dtypes.
-        branch_bias: (C,), any of these dtypes: the bias of the linear layer that made the branch; None for none.
+        branch_bias: (C,), any of these dtypes, which does not change those of the results: the bias of the linear layer
+            that made the branch; None for none.
 
     Returns:
         (residual + (branch + branch_bias), its layer_norm), both (..., C) and contiguous. The sum is rounded once, to
@@ -486,7 +482,7 @@ def add_layer_norm(
     check("add_layer_norm", floats if branch_bias is None else floats | {"branch_bias": branch_bias})
     _check_widths(residual, weight=weight, bias=bias, branch_bias=branch_bias)
     # The dtype that the next matmul reads. Autocast would cast to it in a pass of its own.
-    dtype = autocast_dtype(residual.device, _sum_dtype(residual, branch, branch_bias))
+    dtype = autocast_dtype(residual.device, torch.promote_types(residual.dtype, branch.dtype))
     return _add_layer_norm(residual, branch, branch_bias, weight, bias, dtype)
 
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import eager, interpreter
+from kernels import eager, interpreter, sublayer
+from kernels.sublayer import Affine, Stream
 
 
 class Ops(NamedTuple):
@@ -32,14 +33,55 @@ class Ops(NamedTuple):
     linear_cross_entropy: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     """(hidden (..., C), weight (V, C), targets (...)) -> ()"""
 
-    @property
-    def block(self) -> Callable | None:
-        """A function that runs a whole block in one call, bitwise identical to these ops; None if there is none."""
-        return _BLOCKS.get((self.layer_norm, self.add_layer_norm, self.gelu, self.attention))
+    def attention_sublayer(
+        self,
+        stream: Stream,
+        norm: Affine,
+        linear: Affine,
+        out: Affine,
+        n_head: int,
+        recompute: int = 0,
+        leave_bias: bool = False,
+    ) -> Stream:
+        """The first half of a block: attention of the normalised stream.
+
+        Args:
+            stream: the residual stream, (B, T, C).
+            norm: weight and bias of the LayerNorm, (C,) each.
+            linear: weight (3C, C) and bias (3C,) of the projection to q, k and v.
+            out: weight (C, C) and bias (C,) of the projection back.
+            n_head: number of heads, a divisor of C.
+            recompute: what backward recomputes instead of saving it: 0 nothing, 1 GELU, 2 also LayerNorm.
+            leave_bias: whether the bias of `out` may be left in the result, for the next LayerNorm to add. It needs the
+                parameter again, so not where that is freed after use.
+
+        Returns:
+            The stream, to which this half has added a branch.
+        """
+        fused = _FUSED.get((self.layer_norm, self.add_layer_norm, self.attention))
+        after = fused and fused(stream, norm, linear, out, n_head, recompute, leave_bias)
+        return after or sublayer.attention(self, stream, norm, linear, out, n_head, recompute)
+
+    def mlp_sublayer(
+        self, stream: Stream, norm: Affine, linear: Affine, out: Affine, recompute: int = 0, leave_bias: bool = False
+    ) -> Stream:
+        """The second half of a block: two linear layers with a GELU between them.
+
+        Args:
+            linear: weight (4C, C) and bias (4C,).
+            out: weight (C, 4C) and bias (C,).
+            stream, norm, recompute, leave_bias: as in `attention_sublayer`.
+
+        Returns:
+            The stream, to which this half has added a branch.
+        """
+        fused = _FUSED.get((self.layer_norm, self.add_layer_norm, self.gelu))
+        after = fused and fused(stream, norm, linear, out, None, recompute, leave_bias)
+        return after or sublayer.mlp(self, stream, norm, linear, out, recompute)
 
 
-_BLOCKS: dict[tuple[Callable, ...], Callable] = {}
-"""by (layer_norm, add_layer_norm, gelu, attention); `triton_ops` fills it, so that nothing else imports triton"""
+_FUSED: dict[tuple[Callable, ...], Callable[..., Stream | None]] = {}
+"""half a block as one op, by the ops that it replaces; `triton_ops` fills it, so that nothing else imports triton"""
 
 EAGER = Ops(*(getattr(eager, name) for name in Ops._fields))
 SDPA = EAGER._replace(attention=eager.sdpa_attention)
@@ -56,7 +98,7 @@ def triton_ops(device_type: str) -> Ops:
         RuntimeError: this process already has the kernels for the other type of device.
     """
     interpreter.choose(device_type)
-    from kernels import attention, block, cross_entropy, embedding, gelu, layer_norm
+    from kernels import attention, cross_entropy, embedding, fused_sublayer, gelu, layer_norm
 
     table = Ops(
         embedding=embedding.embedding,
@@ -67,7 +109,8 @@ def triton_ops(device_type: str) -> Ops:
         cross_entropy=cross_entropy.cross_entropy,
         linear_cross_entropy=cross_entropy.linear_cross_entropy,
     )
-    _BLOCKS[table.layer_norm, table.add_layer_norm, table.gelu, table.attention] = block.block
+    for op in (table.attention, table.gelu):
+        _FUSED[table.layer_norm, table.add_layer_norm, op] = fused_sublayer.fused
     return table
 
 

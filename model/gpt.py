@@ -1,25 +1,25 @@
 """GPT-2: the configuration, the presets, and the modules, with one forward pass for every backend.
 
-The residual stream is passed on as a pair (residual, branch), so that the addition at the end of one half of a block
-and the LayerNorm at the start of the next are one op.
+A half of a block is one call of the backend, which owns the linear layers in it and decides what it saves for backward.
+The residual stream is passed on in parts (`Stream`), so that the addition at the end of one half and the LayerNorm at
+the start of the next are one op.
 
-Hooks see the same as in a plain GPT-2. A module with a hook is not fused with others, but called by itself, with its
-own input and output. It also saves its input for backward regardless of `set_recompute`, because recomputation would
-not run the hook again.
+Hooks see the same as in a plain GPT-2: a half in which a module has one is run module by module, and saves everything
+for backward regardless of `set_recompute`, because recomputation would not run the hook again.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 
 from kernels.ops import EAGER, Ops
+from kernels.sublayer import Affine, Stream, add_norm
 from model.hooks import any_hooked, hooked, hooked_besides_fsdp
-from model.recompute import Linear, OpCall
 
 INIT_SEED = 42
 INIT_STD = 0.02
@@ -81,19 +81,22 @@ class LayerNorm(nn.Module):
         """(..., C) -> (..., C)"""
         return self.ops.layer_norm(x, self.weight, self.bias)
 
-    def add(self, residual: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual, branch or None), each (..., C) -> (their sum, its LayerNorm)"""
-        if branch is not None and not hooked(self):
-            return self.ops.add_layer_norm(residual, branch, self.weight, self.bias)
-        residual = _sum(residual, branch)
+    def add(self, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the stream's sum, its LayerNorm), both (..., C)"""
+        if not hooked(self):
+            return add_norm(self.ops, stream, (self.weight, self.bias))
+        residual = stream.total()
         return residual, self(residual)
 
-    def recompute_from(self, x: torch.Tensor, reader: nn.Module) -> OpCall | None:
-        """The call that computes the LayerNorm of x, for the `Linear` at the start of `reader`. None if a hook in
-        between may change the result."""
-        if hooked(self) or hooked_besides_fsdp(reader):
-            return None
-        return OpCall(self.ops.layer_norm, (x, self.weight, self.bias))
+
+class Half(NamedTuple):
+    """Half a block, but for the residual and the module that computes the branch."""
+
+    branch: torch.Tensor | None
+    bias: torch.Tensor | None
+    norm: Affine
+    recompute: int
+    leave_bias: bool
 
 
 class CausalSelfAttention(nn.Module):
@@ -103,13 +106,17 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.ops = ops
         self.n_head = config.n_head
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor, recompute_from: OpCall | None = None) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C); `recompute_from` as in `Linear`"""
-        qkv = _call(self.c_attn, x, None if hooked(self.c_attn) else recompute_from)
-        return self.c_proj(self.ops.attention(qkv, self.n_head))
+    def forward(self, x: torch.Tensor, half: Half | None = None) -> torch.Tensor | Stream:
+        """(B, T, C) -> (B, T, C). With `half`, x is the residual, and the result the stream after this half of a block,
+        computed in one call of the backend."""
+        if half is None:
+            return self.c_proj(self.ops.attention(self.c_attn(x), self.n_head))
+        branch, bias, norm, recompute, leave_bias = half
+        linears = _affine(self.c_attn), _affine(self.c_proj)
+        return self.ops.attention_sublayer(Stream(x, branch, bias), norm, *linears, self.n_head, recompute, leave_bias)
 
 
 class MLP(nn.Module):
@@ -118,15 +125,16 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig, ops: Ops):
         super().__init__()
         self.ops = ops
-        self.recompute_gelu = False
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor, recompute_from: OpCall | None = None) -> torch.Tensor:
-        """(..., C) -> (..., C); `recompute_from` as in `Linear`"""
-        h = _call(self.c_fc, x, None if hooked(self.c_fc) else recompute_from)
-        recompute = self.recompute_gelu and not hooked(self.c_proj)
-        return _call(self.c_proj, self.ops.gelu(h), OpCall(self.ops.gelu, (h,)) if recompute else None)
+    def forward(self, x: torch.Tensor, half: Half | None = None) -> torch.Tensor | Stream:
+        """(B, T, C) -> (B, T, C); `half` as in `CausalSelfAttention`"""
+        if half is None:
+            return self.c_proj(self.ops.gelu(self.c_fc(x)))
+        branch, bias, norm, recompute, leave_bias = half
+        linears = _affine(self.c_fc), _affine(self.c_proj)
+        return self.ops.mlp_sublayer(Stream(x, branch, bias), norm, *linears, recompute, leave_bias)
 
 
 class Block(nn.Module):
@@ -134,52 +142,43 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, ops: Ops):
         super().__init__()
-        self.recompute_norms = False
-        self.fused = ops.block
+        self.recompute = 0
         self.ln_1 = LayerNorm(config.n_embd, ops)
         self.attn = CausalSelfAttention(config, ops)
         self.ln_2 = LayerNorm(config.n_embd, ops)
         self.mlp = MLP(config, ops)
 
     def forward(
-        self, residual: torch.Tensor, branch: torch.Tensor | None = None, as_pair: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self,
+        residual: torch.Tensor,
+        branch: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        as_stream: bool = False,
+    ) -> torch.Tensor | Stream:
         """Run the block.
 
         Args:
-            residual: (B, T, C).
-            branch: (B, T, C), to be added to residual; None for nothing.
-            as_pair: leave the last addition to the caller.
+            residual, branch, bias: the parts of a `Stream`, (B, T, C), (B, T, C) and (C,).
+            as_stream: leave the last additions to the caller.
 
         Returns:
-            (B, T, C), or with as_pair the (residual, branch) whose sum it is.
+            (B, T, C), or with as_stream the `Stream` whose sum it is.
         """
-        r, b = self._fused(residual, branch) or self._one_by_one(residual, branch)
-        return (r, b) if as_pair else r + b
+        stream = self._half(Stream(residual, branch, bias), self.ln_1, self.attn)
+        stream = self._half(stream, self.ln_2, self.mlp)
+        return stream if as_stream else stream.total()
 
-    def _fused(self, residual: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Both halves in one call. None if the modules or ops have to be called one by one."""
-        if self.fused is None:
-            return None
-        attn, mlp = self.attn, self.mlp
-        modules = (self.ln_1, attn, attn.c_attn, attn.c_proj, self.ln_2, mlp, mlp.c_fc, mlp.c_proj)
-        if tuple(map(type, modules)) != _PARTS or any_hooked(modules):
-            return None
-        ln_1, _, c_attn, attn_proj, ln_2, _, c_fc, mlp_proj = modules
-        params = [p for m in (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj) for p in (m.weight, m.bias)]
-        recompute = 2 if self.recompute_norms else int(mlp.recompute_gelu)
-        return self.fused(residual, branch, params, attn.n_head, recompute)
-
-    def _one_by_one(self, residual: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        residual, normed = self.ln_1.add(residual, branch)
-        recompute_from = self.ln_1.recompute_from(residual, self.attn) if self.recompute_norms else None
-        residual, normed = self.ln_2.add(residual, _call(self.attn, normed, recompute_from))
-        recompute_from = self.ln_2.recompute_from(residual, self.mlp) if self.recompute_norms else None
-        return residual, _call(self.mlp, normed, recompute_from)
-
-
-_PARTS = (LayerNorm, CausalSelfAttention, Linear, nn.Linear, LayerNorm, MLP, Linear, Linear)
-"""types of a block's modules; a replaced module has another one, and has to be called"""
+    def _half(self, stream: Stream, norm: LayerNorm, part: nn.Module) -> Stream:
+        """In one call; module by module if a hook or a replaced module wants to see one of them."""
+        linears = [child for child in part.children()]
+        is_plain = type(part) in (CausalSelfAttention, MLP) and {*map(type, linears)} == {nn.Linear}
+        if type(norm) is not LayerNorm or not is_plain or any_hooked((norm, *linears)) or hooked_besides_fsdp(part):
+            residual, normed = norm.add(stream)
+            return Stream(residual, part(normed))
+        # FSDP frees the parameters of a block after its last half, whose bias nobody could add later.
+        leave_bias = part is self.attn or not hooked(part)
+        half = Half(stream.branch, stream.bias, (norm.weight, norm.bias), self.recompute, leave_bias)
+        return part(stream.residual, half)
 
 
 class Transformer(nn.ModuleDict):
@@ -267,8 +266,7 @@ class GPT(nn.Module):
         Saved activations fall from 16·C to 12·C or 10·C elements per token and layer; less so if modules have hooks.
         """
         for block in self.transformer.h:
-            block.mlp.recompute_gelu = level >= 1
-            block.recompute_norms = level >= 2
+            block.recompute = level
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, return_logits: bool = True
@@ -294,13 +292,10 @@ class GPT(nn.Module):
             residual = wte(idx) + wpe(torch.arange(idx.shape[1], device=idx.device))
         else:
             residual = self.ops.embedding(idx, wte.weight, wpe.weight)
-        branch = None
+        stream = Stream(residual)
         for block in self.transformer.h:
-            if hooked(block):
-                residual, branch = block(_sum(residual, branch)), None
-            else:
-                residual, branch = block(residual, branch, as_pair=True)
-        _, hidden = self.transformer.ln_f.add(residual, branch)
+            stream = Stream(block(stream.total())) if hooked(block) else block(*stream, as_stream=True)
+        _, hidden = self.transformer.ln_f.add(stream)
 
         if targets is None:
             return (self.lm_head(hidden[:, [-1], :]) if return_logits else None), None
@@ -342,13 +337,8 @@ class GPT(nn.Module):
         return idx
 
 
-def _call(module: nn.Module, x: torch.Tensor, recompute_from: OpCall | None) -> torch.Tensor:
-    """Call a module. Without recompute_from its hooks see x alone, as in a plain GPT-2."""
-    return module(x) if recompute_from is None else module(x, recompute_from)
-
-
-def _sum(residual: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
-    return residual if branch is None else residual + branch
+def _affine(linear: nn.Linear) -> Affine:
+    return linear.weight, linear.bias
 
 
 def _before_loading(gpt: GPT, *_: Any) -> None:

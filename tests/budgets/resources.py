@@ -51,13 +51,14 @@ class Resources(NamedTuple):
 
 def launches(preset: str, capability: int) -> list[capture.Launch]:
     """What a training step launches, with two layers: all are alike, save that the first has no addition before it.
-    And what the head that returns logits launches."""
+    And what the head that returns logits and a GELU by itself launch."""
     config = dataclasses.replace(PRESETS[preset], n_layer=2)
     ops = capture.our_ops()
     noted = step.trace_step(config, ops, capability=capability).launches
     with capture.trace(capability) as tracing:
         logits = torch.empty(64 * 1024, config.vocab_size, dtype=torch.bfloat16, requires_grad=True)
         ops.cross_entropy(logits, torch.empty(64 * 1024, dtype=torch.int64)).backward()
+        ops.gelu(torch.empty(64 * 1024, 4 * config.n_embd, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
     return noted + tracing.launches
 
 

@@ -12,9 +12,9 @@ from model.gpt import PRESETS
 from tests.budgets import capture, step
 from tests.conftest import ROOT
 
-MOST_LAUNCHES = 640
+MOST_LAUNCHES = 490
 """of a step of d12 at 64×1024 under bf16 autocast with our kernels; lower it when a step gets by with less"""
-MOST_BYTES = 0.5
+MOST_BYTES = 0.35
 """outside matmuls, of those of the strongest eager step: FlashAttention, and GELU in one kernel"""
 MOST_SAVED = (16.1, 12.1, 10.1)
 """elements per token and layer, in units of C, by level of recomputation"""
@@ -30,7 +30,9 @@ def test_launches(steps):
 
 def test_kernels_by_name(steps):
     of = steps[OURS].launches
-    assert of["_gelu_fwd_kernel"] == of["_gelu_bwd_kernel"] == 12
+    assert of["_gelu_fwd_kernel"] == of["_gelu_bwd_dbias_kernel"] == 12
+    assert of["_column_sums_kernel"] == 3 * 12  # dh of GELU; dq; dk and dv
+    assert of["aten::sum"] == 1  # the position embedding's gradient: no bias has a pass of its own
     assert of["_layer_norm_fwd_kernel"] == of["_layer_norm_bwd_kernel"] == of["_layer_norm_partials_kernel"] == 25
     assert of["_embedding_fwd_kernel"] == of["_mean_kernel"] == 1
     assert not [name for name in of if "softmax" in name or ("layer_norm" in name and "aten" in name)]

@@ -13,7 +13,13 @@ from bench.ops import VOCABULARY
 from tests.budgets import resources, step
 
 ROW_KERNELS = {
-    *("_gelu_fwd_kernel", "_gelu_bwd_kernel", "_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel"),
+    *(
+        "_gelu_fwd_kernel",
+        "_gelu_bwd_kernel",
+        "_gelu_bwd_dbias_kernel",
+        "_layer_norm_fwd_kernel",
+        "_layer_norm_bwd_kernel",
+    ),
     *("_embedding_fwd_kernel", "_linear_cross_entropy_kernel"),
 }
 """that move rows whose width allows 128 bits"""
