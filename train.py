@@ -28,7 +28,7 @@ from training.distributed import RunStopped, StopRequest, World
 from training.faults import UpdateGuard, Watchdog, compare_ranks
 from training.flops import flops_per_token, peak_flops
 from training.log import RunLog, peak_memory_mib
-from training.step import Batch, autocast_to, clip, forward_backward
+from training.step import Batch, Update
 
 SEED = 42
 INTERRUPTED = 130
@@ -103,8 +103,9 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     if config.checkpoint_every:
         checkpoints.warm_up(state)
 
+    update = Update(config, world, state, model)
     try:
-        status = train(config, world, state, model, network, val_loader, log, checkpoints, watchdog, stop)
+        status = train(config, world, state, update, network, val_loader, log, checkpoints, watchdog, stop)
     except BadInput as error:
         checkpoints.wait()
         raise BadInput(f"{watchdog.place}: {error}") from error
@@ -130,7 +131,7 @@ def train(
     config: Config,
     world: World,
     state: TrainState,
-    model: torch.nn.Module,
+    update: Update,
     network: torch.nn.Module,
     val_loader: ShardLoader | None,
     log: RunLog,
@@ -140,13 +141,11 @@ def train(
 ) -> int:
     """The loop, from `state.step` on. Updates `state` in place and returns the exit status.
 
-    Backward passes of `model` average gradients over the ranks; `network` is the same without, for forward passes.
+    `update` averages gradients over the ranks; `network` is for forward passes alone.
     """
-    gpt, train_loader, optimizer, scaler = state.gpt, state.loader, state.optimizer, state.scaler
-    autocast = autocast_to(getattr(torch, config.dtype), world.device)
-    grad_accum_steps = config.grad_accum_steps(world.size)
+    gpt, train_loader, autocast = state.gpt, state.loader, update.autocast
     if not config.inference_only:
-        distributed.warm_up_ddp(model, world, (config.batch_size, config.sequence_length), autocast)
+        distributed.warm_up_ddp(update.model, world, (config.batch_size, config.sequence_length), autocast)
     peak = peak_flops(world.device_name, config.dtype, config.tensorcores)
     step_times = []
 
@@ -170,15 +169,8 @@ def train(
             train_loader.reset()
         where = f"step {step + 1}, {train_loader.where()}"
         batches = micro_batches(train_loader, step + 1, watchdog)
-        loss = forward_backward(
-            model, batches, grad_accum_steps, autocast, scaler, config.zero_stage, backward=not config.inference_only
-        )
-        norm = torch.zeros_like(loss)
+        loss, norm = update.gradients(batches)
         lr = optim.learning_rate(step, config)
-        if not config.inference_only:
-            norm = clip(state.params.values(), optimizer, scaler, config.grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
 
         # One small reduction a step, so that all ranks decide alike: loss and norm, and whether one was asked to stop.
         asked = torch.tensor([stop.interrupted, stop.preempted], dtype=torch.float32, device=world.device)
@@ -188,7 +180,7 @@ def train(
             reason_to_skip = state.guard.reason_to_skip(where, loss, norm)
             if reason_to_skip:
                 print0(reason_to_skip)
-            optim.update(optimizer, scaler, accepted=not reason_to_skip)
+            update.apply(lr, accepted=not reason_to_skip)
         state.step = step + 1
         distributed.wait_for_device(world)
         seconds = time.perf_counter() - started

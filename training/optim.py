@@ -33,6 +33,13 @@ def learning_rate(step: int, config: Config) -> float:
     return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - floor)
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next update, rounded to fp32, as in llm.c. A CUDA graph reads it from memory, where
+    torch's AdamW takes fp32 alone, and must not change a bit."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(lr, dtype=torch.float32).item()
+
+
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Split the parameters: tensors of two or more dimensions decay, biases and LayerNorms do not.
 

@@ -8,6 +8,9 @@ from contextlib import AbstractContextManager
 import torch
 
 from training import distributed, optim
+from training.checkpoint import TrainState
+from training.config import Config
+from training.distributed import World
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """(inputs, targets), each (B, T) int64"""
@@ -59,6 +62,42 @@ def clip(
     """Undo the scale of the gradients, then see `optim.clip_gradients`."""
     scaler.unscale_(optimizer)
     return optim.clip_gradients(params, max_norm)
+
+
+class Update:
+    """The updates of a run, each in two parts. Between them the loop agrees with the other ranks, and decides.
+
+    Args:
+        config: the flags.
+        world: the ranks.
+        state: of which parameters, optimizer and loss scale are changed.
+        model: as in `forward_backward`.
+    """
+
+    def __init__(self, config: Config, world: World, state: TrainState, model: torch.nn.Module):
+        self.config, self.state, self.model = config, state, model
+        self.autocast = autocast_to(getattr(torch, config.dtype), world.device)
+        self.grad_accum_steps = config.grad_accum_steps(world.size)
+
+    def gradients(self, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the gradients of the next micro-batches and clip them; with `--inference_only 1`, the loss alone.
+
+        Returns:
+            () the mean loss of this rank in nats, and () the norm of all gradients before they are clipped, or 0. The
+            next call may overwrite both.
+        """
+        config, state, trains = self.config, self.state, not self.config.inference_only
+        loss = forward_backward(
+            self.model, batches, self.grad_accum_steps, self.autocast, state.scaler, config.zero_stage, backward=trains
+        )
+        if not trains:
+            return loss, torch.zeros_like(loss)
+        return loss, clip(state.params.values(), state.optimizer, state.scaler, config.grad_clip)
+
+    def apply(self, lr: float, accepted: bool) -> None:
+        """Update the weights with these gradients, or skip that. See `optim.update`."""
+        optim.set_learning_rate(self.state.optimizer, lr)
+        optim.update(self.state.optimizer, self.state.scaler, accepted)
 
 
 def training_step(

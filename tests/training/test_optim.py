@@ -1,5 +1,6 @@
 """The learning rate against a table, and which tensors decay."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,3 +58,12 @@ def test_adamw_has_the_constants_of_gpt2_training():
     assert isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"], group["lr"]) == ((0.9, 0.95), 1e-8, 1e-3)
+
+
+def test_the_learning_rate_of_an_update_is_one_in_fp32():
+    """Where a CUDA graph has it."""
+    optimizer = optim.build(
+        GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8)), Config(learning_rate=1.0)
+    )
+    optim.set_learning_rate(optimizer, 6e-4)
+    assert [group["lr"] for group in optimizer.param_groups] == [float(np.float32(6e-4))] * 2 != [6e-4] * 2
