@@ -20,7 +20,7 @@ from data.shards import shard_pattern
 from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
 from model.gpt import GPT
 from model.load import load
-from training import backend, checkpoint, distributed, optim, run_dir
+from training import backend, checkpoint, distributed, graph, optim, run_dir
 from training.check import check
 from training.checkpoint import Checkpoints, TrainState
 from training.config import Config, parse
@@ -62,6 +62,7 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     if config.tensorcores:
         torch.set_float32_matmul_precision("high")
     config = config.resolved(world.device.type, world.size)
+    graph.require_one_gpu(config, world)
     table = backend.choose_ops(config, world.device.type)
     backend.require_cache_folder()
     gpt = load(config.model, table)
@@ -103,7 +104,7 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     if config.checkpoint_every:
         checkpoints.warm_up(state)
 
-    update = Update(config, world, state, model)
+    update = graph.build(config, world, state, model)
     try:
         status = train(config, world, state, update, network, val_loader, log, checkpoints, watchdog, stop)
     except BadInput as error:

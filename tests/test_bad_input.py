@@ -78,6 +78,7 @@ def test_shards(refused, tmp_path, which, content, told):
         ({"--resume": "nowhere"}, ["--resume nowhere: no checkpoint there"]),
         ({"--device": "tpu"}, ["--device tpu", "cuda"]),
         ({"--zero_stage": 1}, ["--zero_stage 1", "torchrun"]),
+        ({"--cuda_graph": 1}, ["--cuda_graph 1 needs an NVIDIA GPU", "give --cuda_graph 0"]),
         ({"--sample_every": 1}, ["--sample_every", "61"]),
         ({"--val_loss_every": 1, "--input_val_bin": ""}, ["--val_loss_every", "--input_val_bin"]),
         ({"--backend": "triton,"}, ["--backend triton,:", "unknown"]),

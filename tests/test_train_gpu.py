@@ -10,6 +10,7 @@ import torch
 from data.loader import ShardLoader
 from tests.conftest import ROOT, TINY, Run, command_line
 from training.distributed import start
+from training.faults import UpdateGuard
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +61,41 @@ def test_flash_on_a_gpu(run_tiny, sdpa_calls, backend):
 def test_compile_on_a_gpu(run_tiny):
     want = run_tiny(device="cuda", val_loss_every=2)
     assert run_tiny(device="cuda", val_loss_every=2, compile=1).losses == pytest.approx(want.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compile", [0, 1])
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_cuda_graphs_have_the_bits_of_a_run_without(run_tiny, backend, compile, dtype):
+    """Three updates of warm-up, the captures, then replays with other batches and learning rates, and with validation
+    and checkpoints in between."""
+    flags = {"device": "cuda", "backend": backend, "compile": compile, "dtype": dtype, "num_iterations": 12}
+    flags |= {"val_loss_every": 4, "warmup_iters": 6, "weight_decay": 0.1, "checkpoint_every": 5, "keep": 9}
+
+    def run(**more):
+        torch.compiler.reset()  # it compiles the forward pass only so many times in a process
+        return run_tiny(**flags, **more)
+
+    plain, graphed = run(), run(cuda_graph=1)
+    assert graphed.losses == plain.losses and graphed.log == plain.log
+    assert (graphed.output_dir / "model.bin").read_bytes() == (plain.output_dir / "model.bin").read_bytes()
+    assert run(cuda_graph=1, resume=plain.output_dir / "checkpoints" / "step_5").losses == plain.losses[5:]
+
+
+def test_cuda_graphs_skip_what_a_run_without_skips(run_tiny, monkeypatch):
+    """An update that the host refuses after its gradients were replayed, and one of the warm-up."""
+    reason_to_skip, asked = UpdateGuard.reason_to_skip, []
+
+    def refuse_some(self, where, loss, norm):
+        asked.append(where)
+        return f"{where}: refused" if len(asked) in (2, 7) else reason_to_skip(self, where, loss, norm)
+
+    monkeypatch.setattr(UpdateGuard, "reason_to_skip", refuse_some)
+    losses = []
+    for on in (0, 1):
+        asked.clear()
+        losses.append(run_tiny(device="cuda", num_iterations=10, cuda_graph=on).losses)
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -163,6 +163,9 @@ class Config:
         help="1 lets float32 matmuls round their inputs to TF32.")
     compile: int = switch("machine", decides=False,
         help="1 compiles the model with torch.compile.")
+    cuda_graph: int = switch("machine", decides=False,
+        help="1 launches the kernels of an update as CUDA graphs, for small batches and networks, where the GPU would "
+        "wait for Python; one process on an NVIDIA GPU, not for float16.")
     recompute: int = flag(0, "machine", decides=False, choices=(0, 1, 2),
         help="What the backward pass recomputes instead of saving it: 0 nothing, 1 GELUs, 2 also LayerNorms.")
     zero_stage: int = flag(0, "machine", decides=False, choices=(0, 1, 2, 3),
@@ -213,6 +216,13 @@ class Config:
             raise BadInput('--checkpoint_every has nowhere to write to: give an --output_dir that is not ""')
         if self.checkpoint_every and self.inference_only:
             raise BadInput("--checkpoint_every has nothing to save with --inference_only 1; leave one of them out")
+        if self.cuda_graph and self.dtype == "float16":
+            raise BadInput(
+                "--cuda_graph 1 does not go with --dtype float16, since GradScaler follows each step on the host; give "
+                "--dtype bfloat16, or --cuda_graph 0"
+            )
+        if self.cuda_graph and self.inference_only:
+            raise BadInput("--cuda_graph captures updates, and --inference_only 1 makes none; leave one of them out")
         if self.resume == "":
             raise BadInput('--resume is ""; give auto, the path of a checkpoint or a run directory, or 0')
         if self.resume_from.auto and not self.output_dir:

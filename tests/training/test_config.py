@@ -127,6 +127,8 @@ def test_validation_defaults_to_on_only_where_there_are_shards():
         ("--timeout_s 10000000000", "--timeout_s is 10000000000; it must be from 1 to 1000000000$"),
         ("--checkpoint_every 2 --output_dir=", "--checkpoint_every has nowhere to write to"),
         ("--checkpoint_every 2 --inference_only 1", "--checkpoint_every has nothing to save"),
+        ("--cuda_graph 1 --dtype float16", "--cuda_graph 1 does not go with --dtype float16.*give --dtype bfloat16"),
+        ("--cuda_graph 1 --inference_only 1", "--cuda_graph captures updates.*leave one of them out"),
         ("--resume=", '--resume is ""'),
         ("--resume auto", "--resume auto needs an --output_dir"),
         ("--resume auto --output_dir a --inference_only 1", "--resume continues a training run"),
