@@ -1,7 +1,5 @@
 """The network on the triton backend: the numbers of eager, bitwise identical runs, one graph under torch.compile."""
 
-import functools
-
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -77,11 +75,9 @@ def test_one_graph_under_compile():
     compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager")
     loss = compiled(*batch(TINY), return_logits=False)[1]
     loss.backward()
-    torch.testing.assert_close(loss.detach(), plain["loss"])
-    for name, param in gpt.named_parameters():
-        torch.testing.assert_close(
-            param.grad, plain[name], rtol=1e-5, atol=1e-7, msg=functools.partial("{}: {}".format, name)
-        )
+    assert torch.equal(loss.detach(), plain["loss"])
+    # Inductor's own code would sum the gradients of biases in another order.
+    assert [name for name, param in gpt.named_parameters() if not torch.equal(param.grad, plain[name])] == []
 
 
 ATOMIC = ("index_put", "scatter_add", "scatter_reduce", "index_add", "index_reduce", "embedding_dense_backward")
