@@ -8,7 +8,6 @@ after a failure, and the same command resumes after them.
 import argparse
 import codecs
 import contextlib
-import http.client
 import itertools
 import json
 import math
@@ -20,7 +19,6 @@ import shlex
 import signal
 import stat
 import sys
-import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,6 +40,7 @@ from common import (
     lenient_streams,
     print0,
 )
+from data.download import download
 from data.shards import find_shards, open_shard, shard_pattern, write_shard
 from data.tokenizer import END_OF_TEXT, gpt2_encoding
 
@@ -174,14 +173,8 @@ def tinyshakespeare_documents() -> Iterator[Document]:
     Raises:
         BadInput: the download failed.
     """
-    try:
-        with urllib.request.urlopen(TINYSHAKESPEARE, timeout=30) as answer:
-            text = _decode(answer.read(), TINYSHAKESPEARE)
-    except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
-        raise BadInput(
-            f"tinyshakespeare cannot be fetched from {TINYSHAKESPEARE} ({getattr(error, 'reason', error)}); fetch it "
-            "by other means and give it to: python -m data.prepare text FILE"
-        ) from error
+    otherwise = "fetch it by other means and give it to: python -m data.prepare text FILE"
+    text = _decode(download("tinyshakespeare", TINYSHAKESPEARE, otherwise), TINYSHAKESPEARE)
     speeches = text.split("\n\n")
     for number, speech in enumerate(speeches, start=1):
         yield Document(f"speech {number}", speech + ("\n\n" if number < len(speeches) else ""))
@@ -438,7 +431,7 @@ def _tokenise(documents: Iterable[Document], workers: int) -> Generator[tuple[in
     """Pairs of a number of documents and their tokens, in order, with a progress bar on a terminal."""
     documents = iter(documents)
     tasks = iter(lambda: list(itertools.islice(documents, DOCUMENTS_PER_TASK)), [])
-    results = (_tokenise_task(task) for task in tasks) if workers == 1 else _in_workers(tasks, workers)
+    results = (tokenise_task(task) for task in tasks) if workers == 1 else _in_workers(tasks, workers)
     with contextlib.closing(results), tqdm(unit=" tokens", unit_scale=True, disable=None, leave=False) as progress:
         for n_documents, tokens in results:
             progress.update(len(tokens))
@@ -503,12 +496,20 @@ def _work(connection: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             try:
-                connection.send(_tokenise_task(connection.recv()))
+                connection.send(tokenise_task(connection.recv()))
             except BadInput as error:
                 connection.send(error)
 
 
-def _tokenise_task(task: list[Document]) -> tuple[int, np.ndarray]:
+def tokenise_task(task: list[Document]) -> tuple[int, np.ndarray]:
+    """Tokenise documents.
+
+    Returns:
+        (number of documents, (n,) uint16 tokens: end-of-text and its own tokens for each document)
+
+    Raises:
+        BadInput: GPT-2's tokenizer fails on a document.
+    """
     encoding = gpt2_encoding()
     ids: list[int] = []
     with _silent():

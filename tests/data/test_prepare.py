@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,7 +114,7 @@ def answers(monkeypatch):
                 raise answer
             return answer if hasattr(answer, "read") else io.BytesIO(answer)
 
-        monkeypatch.setattr(prepare.urllib.request, "urlopen", urlopen)
+        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
 
     return stand_in
 
