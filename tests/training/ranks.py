@@ -4,6 +4,7 @@ Every rank is a process of its own, forked from a server that has imported train
 starts it, by environment variables, and can be killed like any other. Or torchrun's own agent is one, and forks ranks.
 """
 
+import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -71,8 +72,9 @@ def start(
     before: Callable[..., None] | None = None,
     options: tuple = (),
     restarts: int | None = None,
+    program: str = "train",
 ) -> Ranks:
-    """Start ranks of train.py.
+    """Start ranks of train.py, or of another program.
 
     Args:
         ranks: how many; 0 for one process that knows nothing of ranks.
@@ -81,10 +83,11 @@ def start(
         before: called in each of them first, with its rank and `options`; a function at the top of a module.
         options: for `before`.
         restarts: start torchrun's agent instead, a single process, which restarts its ranks at most this many times.
+        program: the module with the `main`.
     """
     _start_server()
     folder.mkdir(parents=True, exist_ok=True)
-    of_train = (arguments, before, options)
+    of_train = (program, arguments, before, options)
     if restarts is not None:
         return Ranks([_process(0, folder, _agent, (ranks, restarts, of_train))], folder)
     with socket.socket() as free:
@@ -126,14 +129,13 @@ def _printing_to_files(number: int, folder: Path, target: Callable, options: tup
     target(*options)
 
 
-def _rank(environment: dict, arguments: list[str], before: Callable | None, options: tuple) -> None:
+def _rank(environment: dict, program: str, arguments: list[str], before: Callable | None, options: tuple) -> None:
     os.environ |= {name: str(value) for name, value in environment.items()}
     torch.set_num_threads(1)
-    import train
-
+    main = importlib.import_module(program).main
     if before:
         before(int(os.environ.get("RANK", 0)), *options)
-    sys.exit(train.main(arguments))
+    sys.exit(main(arguments))
 
 
 def _agent(ranks: int, restarts: int, of_train: tuple) -> None:
