@@ -18,6 +18,7 @@ from data.loader import ShardLoader
 from data.prepare import prepare_pydoc
 from data.shards import shard_pattern
 from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
+from evals.tasks import Evaluations
 from model.gpt import GPT
 from model.load import load
 from training import backend, checkpoint, distributed, graph, optim, run_dir
@@ -72,6 +73,7 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     config, train_loader, val_loader = open_data(config, world, gpt)
     if config.check:
         return check_backend(config, world, gpt, train_loader)
+    evaluations = Evaluations(config.evals, gpt.config, world)
     metadata = run_dir.metadata_of(config, world, gpt)
     output_dir, restarted = distributed.on_main(world, lambda: run_dir.choose(config, world, held))
     resumed = run_dir.find_checkpoint(config, world, train_loader, metadata, output_dir, restarted)
@@ -106,7 +108,7 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
 
     update = graph.build(config, world, state, model)
     try:
-        status = train(config, world, state, update, network, val_loader, log, checkpoints, watchdog, stop)
+        status = train(config, world, state, update, network, val_loader, evaluations, log, checkpoints, watchdog, stop)
     except BadInput as error:
         checkpoints.wait()
         raise BadInput(f"{watchdog.place}: {error}") from error
@@ -135,6 +137,7 @@ def train(
     update: Update,
     network: torch.nn.Module,
     val_loader: ShardLoader | None,
+    evaluations: Evaluations,
     log: RunLog,
     checkpoints: Checkpoints,
     watchdog: Watchdog,
@@ -157,6 +160,8 @@ def train(
             val_loss = validate(network, val_loader, autocast, config, world)
             log.validation(step, val_loss)
             print0(f"val loss {val_loss:.6f}")
+        if is_due(config.eval_every, step, last_step):
+            log.evaluation(step, evaluations.run(gpt, autocast, config, step, watchdog.at))
         if is_due(config.sample_every, step, last_step):
             watchdog.at(step, "sample")
             with autocast:

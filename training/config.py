@@ -149,6 +149,12 @@ class Config:
         help="Batches of a validation, on each rank.")
     sample_every: int | None = flag(None, "evaluation", decides=False,
         help="Steps between samples; 0 for none (default: 100 for GPT-2's vocabulary).")
+    eval_every: int = flag(0, "evaluation", decides=False,
+        help="Steps between evaluations by --evals; 0 for none.")
+    evals: str = flag("", "evaluation", decides=False,
+        help="What --eval_every evaluates: hellaswag (llm.c's rule), lambada, wikitext and bpb, separated by commas; "
+        "each may name its file, as in hellaswag=hellaswag_val.bin,bpb=notes.txt (default: downloaded; for bpb the "
+        "embedded corpus's validation shards).")
     inference_only: int = switch("evaluation", decides=False,
         help="1 measures forward passes only; nothing is trained.")
     check: int = switch("evaluation", decides=False,
@@ -209,6 +215,9 @@ class Config:
             raise BadInput('--input_bin is ""; give a glob of shards, or leave it out for the embedded corpus')
         if self.val_loss_every and self.input_val_bin == "":
             raise BadInput("--val_loss_every needs validation shards: give --input_val_bin, or --val_loss_every 0")
+        if bool(self.eval_every) != bool(self.evals):
+            given, other = ("--eval_every", "--evals") if self.eval_every else ("--evals", "--eval_every")
+            raise BadInput(f"{given} does nothing without {other}; give both, or leave both out")
         if self.output_dir == "" and (self.write_tensors or self.tensorboard):
             name = "write_tensors" if self.write_tensors else "tensorboard"
             raise BadInput(f'--{name} 1 has nowhere to write to: give an --output_dir that is not ""')

@@ -31,6 +31,8 @@ except ImportError:  # Windows
 
 LONGEST_LINE = 1 << 16
 """bytes of a line of metrics.jsonl"""
+UPDATES = ("trl", "metrics")
+"""kinds of lines that belong to an update; the others are about the weights after one"""
 
 
 class RunLog:
@@ -96,6 +98,16 @@ class RunLog:
         self._add_scalars(step, {"validation/loss": loss})
         self.draw()
 
+    def evaluation(self, step: int, figures: dict[str, dict[str, float]]) -> None:
+        """Record the figures of evaluations after a step, by evaluation, as a line of metrics.jsonl."""
+        finite = {
+            task: {name: value if math.isfinite(value) else None for name, value in of_task.items()}
+            for task, of_task in figures.items()
+        }
+        self._append("metrics.jsonl", json.dumps({"step": step, "evals": finite}) + "\n")
+        for task, of_task in finite.items():
+            self._add_scalars(step, {f"{task}/{name}": value for name, value in of_task.items()})
+
     def draw(self) -> None:
         """Draw training and validation loss over steps into loss.png."""
         n_losses = len(self.train_losses) + len(self.val_losses)
@@ -149,15 +161,15 @@ class RunLog:
             for name, parse in (("main.log", _parse_main), ("metrics.jsonl", _parse_metrics))
         }
         updates, steps = (
-            [parsed.step for _, parsed in lines if parsed and parsed.kind != "tel"] for lines in found.values()
+            [parsed.step for _, parsed in lines if parsed and parsed.kind in UPDATES] for lines in found.values()
         )
         if steps_done and steps and (steps[0] == 0 or steps == [step - 1 for step in updates]):
             raise BadInput(f"{self._path('metrics.jsonl')} counts steps from 0, as earlier versions did; move it away")
         for name, lines in found.items():
             content = bytearray()
             for line, parsed in lines:
-                # The validation after the last step is still to come.
-                if steps_done and parsed and parsed.step <= steps_done - (parsed.kind == "tel"):
+                # Validation and evaluations after the last step are still to come.
+                if steps_done and parsed and parsed.step <= steps_done - (parsed.kind not in UPDATES):
                     content += line
                     if parsed.kind == "trl":
                         self.train_losses.append((parsed.step, parsed.loss))
@@ -224,7 +236,7 @@ class _Line(NamedTuple):
     """A line of a log."""
 
     kind: str
-    """trl or tel, as llm.c calls training and validation losses, or metrics"""
+    """trl or tel, as llm.c calls training and validation losses; metrics or evals"""
     step: int
     loss: float = math.nan
 
@@ -240,7 +252,8 @@ def _parse_metrics(line: bytes) -> _Line | None:
     if not line.endswith(b"\n") or len(line) > LONGEST_LINE:
         return None
     try:
-        return _Line("metrics", require(parse_json(line), {"step": integer()})["step"])
+        record = require(parse_json(line), {"step": integer()})
+        return _Line("evals" if "evals" in record else "metrics", record["step"])
     except ValueError:
         return None
 
