@@ -34,10 +34,10 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the next update, rounded to fp32, as in llm.c. A CUDA graph reads it from memory, where
-    torch's AdamW takes fp32 alone, and must not change a bit."""
+    """Set the learning rate of the next update. For the fused form, on CUDA, it is rounded to fp32: a CUDA graph reads
+    it from memory, where torch's AdamW takes fp32 alone, and must not change a bit."""
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(lr, dtype=torch.float32).item()
+        group["lr"] = torch.tensor(lr, dtype=torch.float32).item() if group.get("fused") else lr
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
