@@ -76,7 +76,7 @@ class Recording(TorchDispatchMode):
             made = {tensor.untyped_storage()._cdata for tensor in tensors_of((args, kwargs))}
             new = [t for t in tensors_of(func(*args, **kwargs)) if t.untyped_storage()._cdata not in made]
             for ours, theirs in zip(old, new, strict=True):
-                ours.copy_(theirs)
+                ours.untyped_storage().copy_(theirs.untyped_storage())
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
