@@ -150,6 +150,7 @@ class Benchmark(NamedTuple):
     bare: Callable | None = None
     """with the op's arguments: less than the op, and of its work what nobody can do without"""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    has_gradient: bool = True
 
 
 def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0, std: float = 1.0) -> torch.Tensor:
@@ -173,7 +174,9 @@ def measure(
         if note := reason_to_skip(benchmark, variant, shape, dtype, device):
             notes[name] = note
     forward, backward = benchmark.costs(itemsize=dtype.itemsize, **shape.sizes)
-    costs = {"forward": forward, "backward": backward, "both": forward + backward}
+    costs = {"forward": forward}
+    if benchmark.has_gradient:
+        costs |= {"backward": backward, "both": forward + backward}
     copies = Copies(benchmark, shape, dtype, device)
     rows = []
     for pass_name, cost in costs.items():
@@ -201,7 +204,7 @@ def reason_to_skip(benchmark: Benchmark, variant: Callable, shape: Shape, dtype:
     inputs = benchmark.inputs(dtype=dtype, device=device.torch_device, **shape.small)
     with torch.no_grad():
         out = benchmark.reference(*inputs.values())
-    outs = [out] if isinstance(out, torch.Tensor) else list(out)
+    outs = accuracy.as_list(out) if benchmark.has_gradient else []
     gradients = [normal(*o.shape, dtype=dtype, device=device.torch_device, seed=9 + i) for i, o in enumerate(outs)]
     try:
         n_summed = benchmark.n_summed(**shape.small)
@@ -212,7 +215,7 @@ def reason_to_skip(benchmark: Benchmark, variant: Callable, shape: Shape, dtype:
     return f"wrong: {', '.join(off)}" if off else ""
 
 
-def _is_float(value: object) -> TypeGuard[torch.Tensor]:
+def is_float(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
@@ -231,7 +234,7 @@ class Copies:
 
         def make() -> list:
             inputs = benchmark.inputs(dtype=dtype, device=device.torch_device, **shape.sizes).values()
-            return [v.requires_grad_() if _is_float(v) else v for v in inputs]
+            return [v.requires_grad_(benchmark.has_gradient) if is_float(v) else v for v in inputs]
 
         first = make()
         n_bytes = sum(v.numel() * v.element_size() for v in first if isinstance(v, torch.Tensor))
@@ -243,11 +246,11 @@ class Copies:
 
         def call(i: int) -> tuple[Any, Any]:
             inputs = self.inputs[i % len(self.inputs)]
-            leaves = [v for v in inputs if _is_float(v)]
+            leaves = [v for v in inputs if is_float(v)]
             start = self.device.mark()
             out = variant(*inputs)
             if pass_name != "forward":
-                outs = [out] if isinstance(out, torch.Tensor) else list(out)
+                outs = accuracy.as_list(out)
                 gradients = self._gradients(outs)
                 if pass_name == "backward":
                     start = self.device.mark()

@@ -8,7 +8,7 @@ import torch
 from bench import baselines
 from bench.harness import Benchmark, Shape, normal
 from common import BadInput
-from kernels import attention, cross_entropy, eager, embedding, gelu, layer_norm
+from kernels import attention, cross_entropy, decode, eager, embedding, gelu, layer_norm
 from kernels.cost import Cost
 from model.gpt import PRESETS
 
@@ -57,6 +57,11 @@ def _n_summed_layer_norm(n_rows: int, n_cols: int) -> dict[str, int]:
 
 def _attention_inputs(B: int, T: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
     return {"qkv": normal(B, T, 3 * H * D, dtype=dtype, device=device), "n_head": H}
+
+
+def _decode_inputs(B: int, T: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
+    q, k, v = (normal(B, H, n, D, seed=i, dtype=dtype, device=device) for i, n in enumerate((1, T, T)))
+    return {"q": q[:, :, 0], "k_cache": k, "v_cache": v, "lengths": torch.full((B,), T, device=device)}
 
 
 def _cross_entropy_inputs(n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.device) -> dict:
@@ -133,6 +138,16 @@ BENCHMARKS = (
         },
         costs=lambda B, T, H, D, itemsize: _costs(attention, B, H, T, D, itemsize),
         ceiling="matmul",
+    ),
+    Benchmark(
+        op="decode_attention",
+        shapes=tuple(_shape({"B": 1, "H": 2}, B=B, T=T, H=12, D=64) for B in (8, 64, 1) for T in (1024, 16384)),
+        inputs=_decode_inputs,
+        reference=eager.decode_attention,
+        kernel=decode.decode_attention,
+        baselines=lambda: baselines.of(eager.decode_attention) | {"sdpa": eager.sdpa_decode_attention},
+        costs=lambda B, T, H, D, itemsize: (decode.forward_cost(B * T, B, H, D, itemsize), Cost(0, 0)),
+        has_gradient=False,
     ),
     Benchmark(
         op="cross_entropy",

@@ -68,7 +68,7 @@ def draw(results: Path) -> list[Path]:
 def _family(row: Row) -> str:
     """What shapes on one picture share: head_dim for attention, the number of rows for the others."""
     numbers = re.findall(r"\d+", row.shape)
-    return f"head_dim {numbers[3]}" if row.op == "attention" else f"{numbers[0]} rows"
+    return f"head_dim {numbers[3]}" if "attention" in row.op else f"{numbers[0]} rows"
 
 
 def main(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> int:

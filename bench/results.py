@@ -139,7 +139,7 @@ def is_stale(row: Row, root: Path = ROOT) -> bool:
     return row.commit.endswith("+") or not _is_ancestor(_last_commit(row.op, root), row.commit, root)
 
 
-SOURCES = {"add_layer_norm": "layer_norm", "linear_cross_entropy": "cross_entropy"}
+SOURCES = {"add_layer_norm": "layer_norm", "linear_cross_entropy": "cross_entropy", "decode_attention": "decode"}
 """the kernel file of an op that has not its own"""
 
 

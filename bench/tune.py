@@ -29,6 +29,7 @@ from bench.results import RESULTS, Row
 from bench.tables import table
 from common import BadInput
 from kernels import launch
+from kernels.accuracy import as_list
 from kernels.launch import LaunchConfig
 
 DTYPE = torch.bfloat16
@@ -75,6 +76,8 @@ PARTIALS = Sweep((32, 64, 128), (16, 32, 64), (4, 8))
 GATHER = Sweep((1, 4, 8, 16), (128, 256, 512, 1024), (4, 8))
 # Elements of a block: more bytes in flight per thread, or more blocks on an SM.
 ELEMENTWISE = Sweep((1,), (512, 1024, 2048, 4096), (2, 4, 8))
+# Sums of tiles that are added per step, and keys of a tile.
+KEYS = Sweep((16, 32, 64), (32, 64, 128), (2, 4, 8))
 LOGITS = Sweep((1,), (2048, 4096, 8192, 16384), (4, 8, 16, 32))
 
 LAYER_NORM = (
@@ -93,6 +96,7 @@ TUNABLES = {
     "gelu": (Tunable("gelu", "_gelu_", "both", ELEMENTWISE),),
     # The backward pass of the embedding is torch's; the head makes its gradients in its forward pass.
     "embedding": (Tunable("embedding", "_embedding_fwd_kernel", "forward", GATHER),),
+    "decode_attention": (Tunable("decode_attention", "_decode_attention_", "forward", KEYS),),
     "cross_entropy": (Tunable("cross_entropy", "_cross_entropy_", "both", LOGITS),),
     "linear_cross_entropy": (Tunable("cross_entropy", "_linear_cross_entropy_kernel", "forward", LOGITS),),
 }
@@ -184,15 +188,16 @@ def survey(tunable: Tunable, case: Case) -> list[Candidate]:
     """Compile every candidate. The present row is the first, and never dropped for what its machine code says."""
     present, *_ = configs = candidates(tunable, case)
     inputs = list(case.benchmark.inputs(dtype=DTYPE, device=torch.device("cpu"), **case.shape.small).values())
-    leaves = [v.requires_grad_() for v in inputs if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    differentiated = case.benchmark.has_gradient
+    leaves = [v.requires_grad_(differentiated) for v in inputs if harness.is_float(v)]
     found: dict[LaunchConfig, Candidate] = {}
 
     def launches(config: LaunchConfig) -> list[launch.Call]:
         calls: list[launch.Call] = []
         with launch.Trial(config), launch.DryRun(case.capability, calls.append):
-            out = case.benchmark.kernel(*inputs)
-            outs = [out] if isinstance(out, torch.Tensor) else list(out)
-            torch.autograd.grad(outs, leaves, [torch.ones_like(o) for o in outs])
+            outs = as_list(case.benchmark.kernel(*inputs))
+            if differentiated:
+                torch.autograd.grad(outs, leaves, [torch.ones_like(o) for o in outs])
         return [call for call in calls if call.kernel.fn.__name__.startswith(tunable.kernels)]
 
     def compiled(config: LaunchConfig, calls: list[launch.Call]) -> Candidate:

@@ -122,11 +122,14 @@ def outputs_and_gradients(
     Args:
         function: takes the inputs in their order.
         inputs: tensors and numbers by name; floating-point tensors are differentiated.
-        gradients: one per output.
+        gradients: one per output; none to call it forward only.
 
     Returns:
         Outputs as "out0", "out1" …, then gradients as "d" and the name of the input.
     """
+    if not gradients:
+        with torch.no_grad():
+            return {f"out{i}": tensor for i, tensor in enumerate(as_list(function(*inputs.values())))}
     leaves = {name: value.detach().requires_grad_() if _is_float(value) else value for name, value in inputs.items()}
     outs = as_list(function(*leaves.values()))
     differentiated = {name: leaf for name, leaf in leaves.items() if _is_float(leaf)}
@@ -150,7 +153,7 @@ def compare_op(
         kernel: the op under test.
         eager: the reference, called in the inputs' dtype and in float64 on the CPU.
         inputs: as in `outputs_and_gradients`, on the device and in the dtype under test.
-        gradients: one per output, in the dtype under test.
+        gradients: one per output, in the dtype under test; none to compare the outputs only.
         n_summed: rows summed into each element of a gradient, by its name ("dweight"); 1 if not given.
 
     Returns:

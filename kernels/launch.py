@@ -125,6 +125,10 @@ CONFIGS = (
     # Registers allow two or three programs per multiprocessor. A row is read twice, the second time from L2: on an H100
     # at most 396 rows of GPT-2's vocabulary in 16 bits, 40 MB.
     LaunchConfig("cross_entropy", 0, ANY, 8, 1, 8192, 16, 1),
+    # block_n keys per program, all loaded at once: 8 or 16 KiB of keys, and as many of values. Fewer would leave more
+    # to the second kernel, which takes block_m of their sums per step; more would be too few programs for B = 1.
+    LaunchConfig("decode_attention", 0, 128, 2, 32, 64, 4, 1),
+    LaunchConfig("decode_attention", 0, 128, 8, 32, 32, 4, 1),
 )
 
 

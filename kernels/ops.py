@@ -28,6 +28,8 @@ class Ops(NamedTuple):
     """x -> same shape"""
     attention: Callable[[torch.Tensor, int], torch.Tensor]
     """(qkv (B, T, 3C), n_head) -> (B, T, C)"""
+    decode_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """(q (B, H, D), k_cache (B, H, T, D), v_cache, lengths (B,)) -> (B, H, D); has no gradient"""
     cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     """(logits (..., V), targets (...)) -> ()"""
     linear_cross_entropy: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -84,7 +86,7 @@ _FUSED: dict[tuple[Callable, ...], Callable[..., Stream | None]] = {}
 """half a block as one op, by the ops that it replaces; `triton_ops` fills it, so that nothing else imports triton"""
 
 EAGER = Ops(*(getattr(eager, name) for name in Ops._fields))
-SDPA = EAGER._replace(attention=eager.sdpa_attention)
+SDPA = EAGER._replace(attention=eager.sdpa_attention, decode_attention=eager.sdpa_decode_attention)
 EAGER_SDPA = SDPA  # the same, by its older name
 
 
@@ -98,7 +100,7 @@ def triton_ops(device_type: str) -> Ops:
         RuntimeError: this process already has the kernels for the other type of device.
     """
     interpreter.choose(device_type)
-    from kernels import attention, cross_entropy, embedding, fused_sublayer, gelu, layer_norm
+    from kernels import attention, cross_entropy, decode, embedding, fused_sublayer, gelu, layer_norm
 
     table = Ops(
         embedding=embedding.embedding,
@@ -106,6 +108,7 @@ def triton_ops(device_type: str) -> Ops:
         add_layer_norm=layer_norm.add_layer_norm,
         gelu=gelu.gelu,
         attention=attention.attention,
+        decode_attention=decode.decode_attention,
         cross_entropy=cross_entropy.cross_entropy,
         linear_cross_entropy=cross_entropy.linear_cross_entropy,
     )

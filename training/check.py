@@ -21,6 +21,9 @@ from model.gpt import GPT
 # Arguments of ops that have the batch as a dimension, and are sliced; the others are weights, whose gradients are sums
 # over the batch.
 _BATCHED = {"idx", "x", "residual", "branch", "qkv", "logits", "hidden", "targets"}
+_BATCHED |= {"q", "k_cache", "v_cache", "lengths"}
+_FORWARD_ONLY = {"decode_attention"}
+"""ops that have no gradient"""
 _SLICE_BYTES = 2**28
 """of the largest float64 matrix: eager and the truth are computed and compared a few sequences at a time, because they
 hold a (T, T) matrix per head, and all logits"""
@@ -82,14 +85,22 @@ def _compare_ops(
             outputs = _in_slices(reference, named, n_slice)
             name = f"{op} {counts[op]}"
             counts[op] += 1
-            report(name, _compare_call(reference, getattr(gpt.ops, op), named, outputs, n_slice, dtype))
+            forward_only = op in _FORWARD_ONLY
+            report(name, _compare_call(reference, getattr(gpt.ops, op), named, outputs, n_slice, dtype, forward_only))
             return outputs if len(outputs) > 1 else outputs[0]
 
         return call
 
     watching = Ops(*(watched(op) for op in Ops._fields))
+
+    def with_cache(qkv: torch.Tensor, n_head: int) -> torch.Tensor:
+        """Attention, before which the last queries see keys and values as a cache of 1, 2, 3 ... keys."""
+        q, k, v = (part.unflatten(-1, (n_head, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+        watching.decode_attention(q[:, :, -1], k, v, torch.arange(len(q), device=q.device) % q.shape[2] + 1)
+        return watching.attention(qkv, n_head)
+
     with torch.no_grad(), autocast:
-        _with_ops(gpt, watching)(x, y, return_logits=False)
+        _with_ops(gpt, watching._replace(attention=with_cache))(x, y, return_logits=False)
         _with_ops(gpt, EAGER._replace(cross_entropy=watching.cross_entropy))(x, y)
 
 
@@ -100,6 +111,7 @@ def _compare_call(
     outputs: list[torch.Tensor],
     n_slice: int,
     dtype: torch.dtype,
+    forward_only: bool,
 ) -> list[Comparison]:
     """Compare one call, with incoming gradients of unit size; that of a loss is 1."""
     generator = torch.Generator().manual_seed(42)
@@ -107,6 +119,7 @@ def _compare_call(
     gradients = [
         torch.randn(out.shape, generator=generator).to(dtype).to(out) if out.dim() else torch.ones_like(out)
         for out in outputs
+        if not forward_only
     ]
     along_batch = {f"d{name}" for name in inputs if name in _BATCHED}
     along_batch |= {f"out{i}" for i, out in enumerate(outputs) if out.dim()}

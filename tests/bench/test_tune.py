@@ -144,7 +144,8 @@ def test_each_op_launches_the_kernels_that_are_named(op, machine_code):
         only_present = tunable._replace(sweep=Sweep((), (), ()))
         found = tune.survey(only_present, case._replace(shape=case.shape._replace(small=small)))
         assert [c.dropped for c in found] == [""]
-        assert len(compiled) == (2 if tunable.pass_name == "both" else 1)
+        two = tunable.pass_name == "both" or op == "decode_attention"  # which has a second one for the sums of tiles
+        assert len(compiled) == (2 if two else 1)
 
 
 def test_two_kernels_of_a_row_have_the_larger_need(machine_code):

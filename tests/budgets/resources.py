@@ -20,6 +20,7 @@ from bench.chips import CHIPS, Chip, occupancy
 from bench.machine_code import MachineCode
 from bench.tables import table
 from kernels import launch
+from kernels.ops import Ops
 from model.gpt import PRESETS
 from tests.budgets import capture, step
 
@@ -51,7 +52,7 @@ class Resources(NamedTuple):
 
 def launches(preset: str, capability: int) -> list[capture.Launch]:
     """What a training step launches, with two layers: all are alike, save that the first has no addition before it.
-    And what the head that returns logits and a GELU by itself launch."""
+    And what the head that returns logits, a GELU by itself and a step of generation launch."""
     config = dataclasses.replace(PRESETS[preset], n_layer=2)
     ops = capture.our_ops()
     noted = step.trace_step(config, ops, capability=capability).launches
@@ -59,7 +60,17 @@ def launches(preset: str, capability: int) -> list[capture.Launch]:
         logits = torch.empty(64 * 1024, config.vocab_size, dtype=torch.bfloat16, requires_grad=True)
         ops.cross_entropy(logits, torch.empty(64 * 1024, dtype=torch.int64)).backward()
         ops.gelu(torch.empty(64 * 1024, 4 * config.n_embd, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
-    return noted + tracing.launches
+    return noted + tracing.launches + decode(ops, capability, config.n_head, config.n_embd // config.n_head)
+
+
+def decode(
+    ops: Ops, capability: int, H: int, D: int, T: int = 1024, dtype: torch.dtype = torch.bfloat16
+) -> list[capture.Launch]:
+    """What attention to a cache of T keys launches, for 8 sequences."""
+    with capture.trace(capability) as tracing:
+        k, v = (torch.empty(8, H, T, D, dtype=dtype) for _ in range(2))
+        ops.decode_attention(torch.empty(8, H, D, dtype=dtype), k, v, torch.empty(8, dtype=torch.int64))
+    return tracing.launches
 
 
 def awkward_calls() -> dict[str, tuple[int, list[capture.Launch]]]:
@@ -93,6 +104,9 @@ def awkward_calls() -> dict[str, tuple[int, list[capture.Launch]]]:
         "odd": (90, attention(90, 999, 33, torch.bfloat16)),
         "wide": (120, attention(120, 999, 80, torch.float32)[:2]),
         "widest": (90, add_layer_norm(16383)),
+        "decode fp32": (80, decode(ops, 80, 3, 128, dtype=torch.float32)),
+        "decode odd": (90, decode(ops, 90, 3, 33, T=999)),
+        "decode long": (100, decode(ops, 100, 1, 16, T=16384, dtype=torch.float16)),
     }
 
 

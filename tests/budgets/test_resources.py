@@ -51,6 +51,14 @@ def test_row_kernels_move_128_bits_at_a_time(of_step):
     assert [r for r in rows if r.code.load_bits < 128 or r.code.store_bits < 128] == []
 
 
+def test_decode_reads_the_cache_128_bits_at_a_time(compiled):
+    """Both kernels, and the first also in fp32 and fp16, at head_dims and lengths other than GPT-2's. It multiplies
+    by no matrix instruction: with one query, it would be idle in all rows but one."""
+    decode = [r for r in compiled if r.kernel.startswith("_decode_attention_") and r.call != "decode odd"]
+    assert {r.call for r in decode} == {step.PRESET, "decode fp32", "decode long"}
+    assert [r for r in decode if r.code.load_bits < 128 or r.code.has_dot] == []
+
+
 def test_attention_multiplies_by_wgmma_on_hopper(of_step):
     multiplying = {r.kernel for r in of_step if r.capability == 90 and r.code.mma == "wgmma"}
     assert multiplying == {f"_attention_{name}_kernel" for name in ("fwd", "bwd_dq", "bwd_dkdv")}
@@ -75,8 +83,9 @@ def test_real_tensors_are_compiled_as_the_tuner_has_them(compiled):
 
 
 def test_odd_lengths_and_head_dims_do_not_spill(compiled):
-    spills = {(r.call, r.kernel): r.code.spills for r in compiled if r.call in ("odd", "wide", "widest")}
-    assert len(spills) == 3 + 2 + 1 and not any(spills.values()), spills
+    calls = ("odd", "wide", "widest", "decode fp32", "decode odd", "decode long")
+    spills = {(r.call, r.kernel): r.code.spills for r in compiled if r.call in calls}
+    assert len(spills) == 3 + 2 + 1 + 3 * 2 and not any(spills.values()), spills
 
 
 def test_what_breaks_a_limit_is_named(of_step):

@@ -32,7 +32,8 @@ def test_the_table_names_the_functions():
     for name in Ops._fields:
         assert getattr(EAGER, name) is getattr(eager, name)
     differing = [name for name in Ops._fields if getattr(EAGER, name) is not getattr(SDPA, name)]
-    assert differing == ["attention"] and SDPA.attention is eager.sdpa_attention
+    assert differing == ["attention", "decode_attention"]
+    assert (SDPA.attention, SDPA.decode_attention) == (eager.sdpa_attention, eager.sdpa_decode_attention)
 
 
 def embedding_formula(idx: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -70,6 +71,16 @@ def attention_formula(qkv: np.ndarray) -> np.ndarray:
     return y
 
 
+def decode_formula(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """One head at a time, over the keys that its sequence has."""
+    out = np.empty_like(q)
+    for b, h in np.ndindex(q.shape[:2]):
+        keys, values = (x[b, h, : LENGTHS[b]] for x in (k, v))
+        p = np.exp(keys @ q[b, h] / math.sqrt(q.shape[-1]))
+        out[b, h] = (p / p.sum()) @ values
+    return out
+
+
 def cross_entropy_formula(logits: np.ndarray, targets: np.ndarray) -> float:
     losses = []
     for row, target in zip(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), strict=True):
@@ -90,6 +101,8 @@ class Case(NamedTuple):
     inputs: tuple[torch.Tensor, ...]
 
 
+LENGTHS = torch.tensor([1, 4])
+CACHE = normal(B, H, C), normal(B, H, T, C), normal(B, H, T, C, seed=1)
 IDX, TARGETS = ids(B, T, below=V), targets_with_gaps()
 X, BRANCH, WEIGHT, BIAS = normal(B, T, C, mean=5.0), normal(B, T, C, seed=1), normal(C, seed=2), normal(C, seed=3)
 CASES = {
@@ -105,6 +118,8 @@ CASES = {
     "gelu": Case(eager.gelu, gelu_formula, (3 * BRANCH,)),
     "attention": Case(lambda qkv: eager.attention(qkv, H), attention_formula, (normal(B, T, 3 * C),)),
     "sdpa_attention": Case(lambda qkv: eager.sdpa_attention(qkv, H), attention_formula, (normal(B, T, 3 * C),)),
+    "decode_attention": Case(lambda q, k, v: eager.decode_attention(q, k, v, LENGTHS), decode_formula, CACHE),
+    "sdpa_decode_attention": Case(lambda q, k, v: eager.sdpa_decode_attention(q, k, v, LENGTHS), decode_formula, CACHE),
     "cross_entropy": Case(
         lambda logits: eager.cross_entropy(logits, TARGETS),
         lambda logits: cross_entropy_formula(logits, TARGETS.numpy()),
