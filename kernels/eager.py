@@ -117,17 +117,18 @@ def decode_attention(
     Returns:
         (B, H, D): softmax(k·q/√D over the first lengths[b] keys)·v.
     """
-    scores = (k_cache @ q[..., None]).squeeze(-1) * (1.0 / math.sqrt(q.shape[-1]))
-    scores = scores.masked_fill(~_within(lengths, k_cache)[:, None], float("-inf"))
-    return (F.softmax(scores, dim=-1)[..., None, :] @ v_cache).squeeze(-2)
+    scores = (q[:, :, None] @ k_cache.transpose(-2, -1)) * (1.0 / math.sqrt(q.shape[-1]))
+    beyond = torch.arange(k_cache.shape[2], device=q.device) >= lengths[:, None]
+    scores = scores.masked_fill(beyond[:, None, None], float("-inf"))
+    return (F.softmax(scores, dim=-1) @ v_cache).squeeze(2)
 
 
 def sdpa_decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
     """`decode_attention` by torch's scaled_dot_product_attention."""
-    mask = _within(lengths, k_cache)[:, None, None]
-    return F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, attn_mask=mask).squeeze(2)
+    within = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]
+    return F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, attn_mask=within[:, None, None]).squeeze(2)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -181,11 +182,6 @@ def _lookup_backward(dy: torch.Tensor, idx: torch.Tensor, n_rows: int) -> torch.
 @_lookup_backward.register_fake
 def _(dy: torch.Tensor, idx: torch.Tensor, n_rows: int) -> torch.Tensor:
     return dy.new_empty((n_rows, dy.shape[-1]))
-
-
-def _within(lengths: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-    """(B, T): whether a position of a cache (B, H, T, D) is below its sequence's length."""
-    return torch.arange(cache.shape[2], device=cache.device) < lengths[:, None]
 
 
 def _split_heads(qkv: torch.Tensor, n_head: int) -> tuple[torch.Tensor, ...]:

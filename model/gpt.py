@@ -19,6 +19,7 @@ import torch.nn as nn
 
 from kernels.ops import EAGER, Ops
 from kernels.sublayer import Affine, Stream, add_norm
+from model.decoder import Decoder, keep_likeliest
 from model.hooks import any_hooked, hooked, hooked_besides_fsdp
 
 INIT_SEED = 42
@@ -326,15 +327,20 @@ class GPT(nn.Module):
             raise ValueError(f"temperature is {temperature}; it must be above 0")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
+        decoder, next_ids = Decoder(self, idx, max_new_tokens), None
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])
-            logits = logits[:, -1, : self.config.vocab_size].float() / temperature
-            if top_k is not None and top_k < logits.shape[-1]:
-                smallest_kept = torch.topk(logits, top_k).values[:, [-1]]
-                logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-            probs = torch.softmax(logits, dim=-1)
-            idx = torch.cat((idx, torch.multinomial(probs, num_samples=1)), dim=1)
-        return idx
+            logits = decoder.prefill() if next_ids is None else decoder.step(next_ids)
+            logits = keep_likeliest(logits[:, : self.config.vocab_size].float() / temperature, top_k)
+            next_ids = torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)[:, 0]
+        return decoder.ids if next_ids is None else decoder.append(next_ids)
+
+    def can_cache(self) -> bool:
+        """Whether `model.decoder` may call the parts of the blocks by themselves: nothing is replaced, and no hook has
+        to see a block, or to gather its weights first."""
+        plain = type(self).forward is GPT.forward and all(
+            type(block) is Block and type(block.attn) is CausalSelfAttention for block in self.transformer.h
+        )
+        return plain and not any_hooked(self.modules())
 
 
 def _affine(linear: nn.Linear) -> Affine:

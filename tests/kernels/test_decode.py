@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused(changes, told):
 
 
 def test_opcheck_and_compile():
-    inputs = list(inputs_of([9, 3], 2, 9, 16).values())
+    inputs = tuple(inputs_of([9, 3], 2, 9, 16).values())
     torch.library.opcheck(
         torch.ops.tritongpt.decode_attention.default, inputs, test_utils=("test_schema", "test_faketensor")
     )
