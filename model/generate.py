@@ -30,6 +30,8 @@ DEVICES = ("cuda", "mps", "cpu")
 MOST_TOKENS = 1_000_000
 MOST_ROWS = 16
 """samples that are made together, unless one prompt has more"""
+COLDEST = 1e-6
+"""a temperature below takes the likeliest token too: logits divided by it could exceed fp32"""
 DRAW_BITS = 48
 """of a uniform number: its product with a sum of probabilities in float64 stays below that sum"""
 
@@ -60,11 +62,9 @@ class Sampling(NamedTuple):
         if self.repetition_penalty != 1:
             scaled = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, scaled, logits)
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             return logits.argmax(dim=-1)
-        # By the largest, so that a tiny temperature gives −inf and not an infinity less another.
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
-        probs = torch.softmax(keep_likeliest(logits, self.top_k, self.top_p), dim=-1)
+        probs = torch.softmax(keep_likeliest(logits / self.temperature, self.top_k, self.top_p), dim=-1)
         sums = (probs.cpu() if probs.is_mps else probs).double().cumsum(dim=-1)  # mps has no float64
         ids = torch.searchsorted(sums, draws[:, None].to(sums.device) * sums[:, -1:], right=True)
         return ids[:, 0].to(logits.device)
@@ -320,7 +320,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="Of weights, cache and matmuls (default: float32).")  # fmt: skip
     add("backend", "", str, "As in train.py (default: triton on a GPU, eager elsewhere).")
     parser.add_argument("--json", action="store_true", help="A line of JSON per sample: prompt, text, ids, logprobs "
-        "(by the model itself, natural logarithm), tok_per_s of the samples made together, first_token_ms.")  # fmt: skip
+        "(natural, by the model itself), tok_per_s of the samples made together, first_token_ms.")  # fmt: skip
     args = parser.parse_args(argv)
     inf = float("inf")
     for name, least, most, told in (
