@@ -18,6 +18,7 @@ COMMANDS = {
     "step": "time a training step, and where its time goes (needs a GPU)",
     "all": "step, then kernels; the next call resumes (needs a GPU)",
     "tune": "search launch configurations of ops; without a GPU, list those that fit",
+    "generate": "tokens per second of d12 against transformers, on the CPU",
     "compare": "rows whose time moved beyond its spread",
     "report": "write the table in README, and the pictures, from the rows",
 }
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
         of[name].add_argument("--sequence_length", type=int, default=1024, help="T (default: 1024)")
         of[name].add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
         of[name].add_argument("--trace", type=Path, help="a file for a Chrome trace of the first variant")
+    of["generate"].add_argument("--rounds", type=int, default=5, help="through all, in turns (default: 5)")
     of["compare"].add_argument("before", type=Path, help="a CSV file, or a folder of them")
     of["compare"].add_argument("after", type=Path)
     return top
@@ -52,13 +54,17 @@ def main(argv: list[str] | None = None) -> int:
     with exit_on_bad_input("python -m bench"):
         match arguments.command:
             case None:
-                print("\n".join(f"python -m bench {name:8} {text}" for name, text in COMMANDS.items()))
+                print("\n".join(f"python -m bench {name:9}{text}" for name, text in COMMANDS.items()))
                 return 0
             case "tune":
                 compile_kernels("tune")
                 from bench import tune
 
                 return tune.main(arguments, CudaDevice() if torch.cuda.is_available() else None)
+            case "generate":
+                from bench import generate
+
+                return generate.main(max(arguments.rounds, 1))
             case "compare":
                 return compare(arguments.before, arguments.after)
             case "report":

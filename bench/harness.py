@@ -15,14 +15,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from bench.results import OURS, Row, commit
 from kernels import accuracy
+from kernels.accuracy import is_float
 from kernels.cost import Cost
+from model.decoder import capture
 
 ROUNDS = (10, 100)
 """least and most rounds of a measurement"""
@@ -102,20 +104,7 @@ class CudaDevice:
         return peak
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # as torch.cuda.graphs asks for, before anything is captured
-            for _ in range(WARM_UP):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-
-        def replay(captured: Callable = call) -> None:  # kept: it owns the tensors that the graph reads and writes
-            graph.replay()
-
-        return replay
+        return capture(call, WARM_UP)
 
 
 class Shape(NamedTuple):
@@ -213,10 +202,6 @@ def reason_to_skip(benchmark: Benchmark, variant: Callable, shape: Shape, dtype:
         return in_a_line("failed", error)
     off = [f"{c.name} {c.error:.1e} > {c.tolerance:.1e}" for c in comparisons if not c.ok]
     return f"wrong: {', '.join(off)}" if off else ""
-
-
-def is_float(value: object) -> TypeGuard[torch.Tensor]:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def in_a_line(what: str, error: Exception) -> str:

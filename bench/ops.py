@@ -51,44 +51,10 @@ def _add_layer_norm_inputs(n_rows: int, n_cols: int, dtype: torch.dtype, device:
     return {"residual": x, "branch": branch, "weight": weight, "bias": bias, "branch_bias": branch_bias}
 
 
-def _n_summed_layer_norm(n_rows: int, n_cols: int) -> dict[str, int]:
-    return {"dweight": n_rows, "dbias": n_rows, "dbranch_bias": n_rows}
-
-
-def _attention_inputs(B: int, T: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
-    return {"qkv": normal(B, T, 3 * H * D, dtype=dtype, device=device), "n_head": H}
-
-
-def _decode_inputs(B: int, T: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
-    q, k, v = (normal(B, H, n, D, seed=i, dtype=dtype, device=device) for i, n in enumerate((1, T, T)))
-    return {"q": q[:, :, 0], "k_cache": k, "v_cache": v, "lengths": torch.full((B,), T, device=device)}
-
-
 def _cross_entropy_inputs(n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.device) -> dict:
     """Rows padded to a multiple of 64, as the heads that care make them."""
     padded = normal(n_rows, -(-n_cols // 64) * 64, std=2.0, dtype=dtype, device=device)
     return {"logits": padded[:, :n_cols], "targets": _ids(n_rows, device=device) % n_cols}
-
-
-def _head_inputs(n_rows: int, width: int, n_cols: int, dtype: torch.dtype, device: torch.device) -> dict:
-    return {
-        "hidden": normal(n_rows, width, dtype=dtype, device=device),
-        "weight": normal(n_cols, width, seed=1, std=0.05, dtype=dtype, device=device),
-        "targets": _ids(n_rows, device=device) % n_cols,
-    }
-
-
-def _head_costs(n_rows: int, width: int, n_cols: int, itemsize: int) -> tuple[Cost, Cost]:
-    sizes = (n_rows, n_cols, width, itemsize, itemsize)
-    return cross_entropy.linear_forward_cost(*sizes), cross_entropy.linear_backward_cost(*sizes)
-
-
-def _embedding_inputs(B: int, T: int, C: int, dtype: torch.dtype, device: torch.device) -> dict:
-    return {
-        "idx": _ids(B, T, device=device),
-        "token_weight": normal(VOCABULARY, C, dtype=dtype, device=device),
-        "position_weight": normal(T, C, seed=1, dtype=dtype, device=device),
-    }
 
 
 BENCHMARKS = (
@@ -109,7 +75,7 @@ BENCHMARKS = (
         kernel=layer_norm.layer_norm,
         baselines=lambda: baselines.of(eager.layer_norm, baselines.LAYER_NORM),
         costs=lambda n_rows, n_cols, itemsize: _costs(layer_norm, n_rows, n_cols, itemsize, itemsize, itemsize),
-        n_summed=_n_summed_layer_norm,
+        n_summed=lambda n_rows, n_cols: {"dweight": n_rows, "dbias": n_rows},
     ),
     Benchmark(
         op="add_layer_norm",
@@ -119,7 +85,7 @@ BENCHMARKS = (
         kernel=layer_norm.add_layer_norm,
         baselines=lambda: baselines.of(eager.add_layer_norm),
         costs=lambda n_rows, n_cols, itemsize: _costs(layer_norm, n_rows, n_cols, *[itemsize] * 5),
-        n_summed=_n_summed_layer_norm,
+        n_summed=lambda n_rows, n_cols: {"dweight": n_rows, "dbias": n_rows, "dbranch_bias": n_rows},
     ),
     Benchmark(
         op="attention",
@@ -128,7 +94,7 @@ BENCHMARKS = (
             for T in (1024, 4096, 16384, 512, 2048, 8192)
             for D in (64, 128)
         ),
-        inputs=_attention_inputs,
+        inputs=lambda B, T, H, D, **where: {"qkv": normal(B, T, 3 * H * D, **where), "n_head": H},
         reference=eager.attention,
         kernel=attention.attention,
         baselines=lambda: {
@@ -142,7 +108,12 @@ BENCHMARKS = (
     Benchmark(
         op="decode_attention",
         shapes=tuple(_shape({"B": 1, "H": 2}, B=B, T=T, H=12, D=64) for B in (8, 64, 1) for T in (1024, 16384)),
-        inputs=_decode_inputs,
+        inputs=lambda B, T, H, D, **where: {
+            "q": normal(B, H, D, **where),
+            "k_cache": normal(B, H, T, D, seed=1, **where),
+            "v_cache": normal(B, H, T, D, seed=2, **where),
+            "lengths": torch.full((B,), T, device=where["device"]),
+        },
         reference=eager.decode_attention,
         kernel=decode.decode_attention,
         baselines=lambda: baselines.of(eager.decode_attention) | {"sdpa": eager.sdpa_decode_attention},
@@ -165,11 +136,18 @@ BENCHMARKS = (
             for n_rows in (65536, 8192)
             for C in WIDTHS
         ),
-        inputs=_head_inputs,
+        inputs=lambda n_rows, width, n_cols, **where: {
+            "hidden": normal(n_rows, width, **where),
+            "weight": normal(n_cols, width, seed=1, std=0.05, **where),
+            "targets": _ids(n_rows, device=where["device"]) % n_cols,
+        },
         reference=eager.linear_cross_entropy,
         kernel=cross_entropy.linear_cross_entropy,
         baselines=lambda: baselines.of(eager.linear_cross_entropy, baselines.LINEAR_CROSS_ENTROPY),
-        costs=_head_costs,
+        costs=lambda n_rows, width, n_cols, itemsize: (
+            cross_entropy.linear_forward_cost(n_rows, n_cols, width, itemsize, itemsize),
+            cross_entropy.linear_backward_cost(n_rows, n_cols, width, itemsize, itemsize),
+        ),
         n_summed=lambda n_rows, width, n_cols: {"dweight": n_rows},
         ceiling="three matmuls",
         bare=baselines.three_matmuls,
@@ -178,7 +156,11 @@ BENCHMARKS = (
     Benchmark(
         op="embedding",
         shapes=tuple(_shape({"B": 2, "T": 64}, B=B, T=1024, C=C) for B in (64, 8) for C in WIDTHS),
-        inputs=_embedding_inputs,
+        inputs=lambda B, T, C, **where: {
+            "idx": _ids(B, T, device=where["device"]),
+            "token_weight": normal(VOCABULARY, C, **where),
+            "position_weight": normal(T, C, seed=1, **where),
+        },
         reference=eager.embedding,
         kernel=embedding.embedding,
         baselines=lambda: baselines.of(eager.embedding),

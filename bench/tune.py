@@ -29,7 +29,7 @@ from bench.results import RESULTS, Row
 from bench.tables import table
 from common import BadInput
 from kernels import launch
-from kernels.accuracy import as_list
+from kernels.accuracy import as_list, is_float
 from kernels.launch import LaunchConfig
 
 DTYPE = torch.bfloat16
@@ -188,15 +188,14 @@ def survey(tunable: Tunable, case: Case) -> list[Candidate]:
     """Compile every candidate. The present row is the first, and never dropped for what its machine code says."""
     present, *_ = configs = candidates(tunable, case)
     inputs = list(case.benchmark.inputs(dtype=DTYPE, device=torch.device("cpu"), **case.shape.small).values())
-    differentiated = case.benchmark.has_gradient
-    leaves = [v.requires_grad_(differentiated) for v in inputs if harness.is_float(v)]
+    leaves = [v.requires_grad_(case.benchmark.has_gradient) for v in inputs if is_float(v)]
     found: dict[LaunchConfig, Candidate] = {}
 
     def launches(config: LaunchConfig) -> list[launch.Call]:
         calls: list[launch.Call] = []
         with launch.Trial(config), launch.DryRun(case.capability, calls.append):
             outs = as_list(case.benchmark.kernel(*inputs))
-            if differentiated:
+            if case.benchmark.has_gradient:
                 torch.autograd.grad(outs, leaves, [torch.ones_like(o) for o in outs])
         return [call for call in calls if call.kernel.fn.__name__.startswith(tunable.kernels)]
 

@@ -130,9 +130,9 @@ def outputs_and_gradients(
     if not gradients:
         with torch.no_grad():
             return {f"out{i}": tensor for i, tensor in enumerate(as_list(function(*inputs.values())))}
-    leaves = {name: value.detach().requires_grad_() if _is_float(value) else value for name, value in inputs.items()}
+    leaves = {name: value.detach().requires_grad_() if is_float(value) else value for name, value in inputs.items()}
     outs = as_list(function(*leaves.values()))
-    differentiated = {name: leaf for name, leaf in leaves.items() if _is_float(leaf)}
+    differentiated = {name: leaf for name, leaf in leaves.items() if is_float(leaf)}
     grads = torch.autograd.grad(
         outs, list(differentiated.values()), [g.to(o) for g, o in zip(gradients, outs, strict=True)], allow_unused=True
     )
@@ -159,7 +159,7 @@ def compare_op(
     Returns:
         One comparison per output and per gradient.
     """
-    exact_inputs = {k: v.detach().cpu().double() if _is_float(v) else _on_cpu(v) for k, v in inputs.items()}
+    exact_inputs = {k: v.detach().cpu().double() if is_float(v) else _on_cpu(v) for k, v in inputs.items()}
     truth = outputs_and_gradients(eager, exact_inputs, [g.detach().cpu().double() for g in gradients])
     by_eager = outputs_and_gradients(eager, inputs, gradients)
     by_kernel = outputs_and_gradients(kernel, inputs, gradients)
@@ -171,7 +171,8 @@ def compare_op(
     ]
 
 
-def _is_float(value: torch.Tensor | int) -> TypeGuard[torch.Tensor]:
+def is_float(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether it is a tensor of floating-point numbers."""
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 

@@ -11,10 +11,12 @@ whole forward pass over block_size tokens, which is exact.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+
+T = TypeVar("T")
 
 
 class Decoder:
@@ -143,19 +145,20 @@ class Decoder:
         return torch.stack([logits[row] for row in rows]) if rows else self.ids.new_empty(0, 0, dtype=torch.float32)
 
 
-def capture(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Record what a function launches, as a CUDA graph. Returns a function that launches it again and returns the same
-    tensor with new values."""
+def capture(function: Callable[[], T], warm_up: int = 1) -> Callable[[], T]:
+    """Record what a function launches, as a CUDA graph, after calls that are not recorded: they compile kernels and
+    allocate workspaces. Returns a function that launches it again and returns the same tensors with new values."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles kernels and allocates workspaces, which a capture must not do
-        function()
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = function()
 
-    def replay() -> torch.Tensor:
+    def replay(captured: Callable = function) -> T:  # kept: it owns the tensors that the graph reads and writes
         graph.replay()
         return result
 

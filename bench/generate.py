@@ -1,0 +1,50 @@
+"""`python -m bench generate`: greedy tokens per second of d12 on the CPU, in fp32 with random weights, against
+transformers' generate, which has a cache too, and against a whole forward pass per token."""
+
+import statistics
+import time
+from functools import partial
+
+import torch
+
+from bench.tables import table
+from model.decoder import Decoder, store_by_columns
+from model.gpt import GPT, PRESETS
+from model.hf import to_hf
+
+PROMPT, NEW = 128, 128  # tokens; a pass without a cache is over the mean length, 192
+
+
+def main(rounds: int) -> int:
+    """Time all in turns, and print the best and the median of each. The ids have to be equal."""
+    gpt, times = GPT(PRESETS["d12"]), dict[tuple, list[float]]()
+    theirs = to_hf(gpt)
+    store_by_columns(gpt)
+
+    def ours(idx: torch.Tensor) -> torch.Tensor:
+        decoder = Decoder(gpt, idx, NEW)
+        ids = decoder.prefill().argmax(-1)
+        for _ in range(NEW - 1):
+            ids = decoder.step(ids).argmax(-1)
+        return decoder.append(ids)
+
+    how = {"do_sample": False, "min_new_tokens": NEW, "max_new_tokens": NEW, "pad_token_id": 0}
+    for i in range(2 * rounds):
+        B = (1, 8)[i % 2]
+        idx = torch.randint(gpt.config.vocab_size, (B, PROMPT), generator=torch.Generator().manual_seed(B))
+        one_pass = partial(torch.no_grad()(gpt), idx.repeat(1, 2)[:, : PROMPT + NEW // 2])
+        transformers = partial(theirs.generate, idx, attention_mask=torch.ones_like(idx), **how)
+        made = []
+        for name, call in (("ours", partial(ours, idx)), ("transformers", transformers), ("without a cache", one_pass)):
+            started = time.perf_counter()
+            made.append(call())
+            seconds = (time.perf_counter() - started) / B / (1 if call is one_pass else NEW)
+            times.setdefault((B, name), []).append(seconds)
+        assert torch.equal(*made[:2]), "ids differ"
+    rows = []
+    for (B, name), of in times.items():
+        best, median = ((f(of), f(of) / f(times[B, "ours"])) for f in (min, statistics.median))
+        rows.append((B, name, 1 / best[0], 1 / median[0], best[1], median[1]))
+    print(table(["B", "", "best tok/s", "median tok/s", "ours is × best", "× median"], rows))
+    print(f"{torch.get_num_threads()} threads, {rounds} rounds; the same ids from ours and transformers")
+    return 0
