@@ -138,7 +138,7 @@ class Decoder:
     def _recompute(self, rows: Sequence[int]) -> torch.Tensor:
         """(len(rows), V): by a whole forward pass over the last block_size tokens of each sequence."""
         logits: dict[int, torch.Tensor] = {}
-        for length in {self.lengths[row] for row in rows}:
+        for length in sorted({self.lengths[row] for row in rows}):  # on every rank alike
             group = [row for row in rows if self.lengths[row] == length]
             windows = self.ids[group, max(0, length - self.gpt.config.block_size) : length]
             logits |= zip(group, self.gpt(windows)[0][:, -1], strict=True)
