@@ -49,7 +49,7 @@ def network(ops: Ops = EAGER, config: GPTConfig = SMALL) -> GPT:
                 0.0, 1.0 if name.startswith(("transformer.wte", "transformer.wpe")) else 0.3, generator=generator
             )
             if param.dim() == 1 and name.endswith("weight"):
-                param += 1
+                param.add_(1)
     return gpt.to(DEVICE)
 
 
@@ -522,6 +522,13 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C, and then Enter for another prompt: the terminal drops what is on its way out, perhaps one."""
+        self.type("\x03")
+        time.sleep(0.3)
+        self.type("\r")
+        self.wait_for("\r\n> ")
+
     def end(self) -> int:
         _, status = os.waitpid(self.process, 0)
         os.close(self.fd)
@@ -538,15 +545,13 @@ def test_a_session_at_a_terminal(speaks_gpt2):
         terminal.wait_for("Hello\r\n")
         while len(terminal.seen) < 200:  # it streams
             terminal.seen += os.read(terminal.fd, 4096).decode(errors="replace")
-        terminal.type("\x03")
-        terminal.wait_for("\r\n> ")
-        terminal.type("half a line\x03")
-        terminal.wait_for("\r\n> ")
+        terminal.interrupt()
+        terminal.type("half a line")
+        terminal.interrupt()
         terminal.type("\x1b[A\r")  # the last prompt
         terminal.wait_for("Hello\r\n")
         terminal.wait_for(" ")
-        terminal.type("\x03")
-        terminal.wait_for("\r\n> ")
+        terminal.interrupt()
         terminal.type(f"{'word ' * 25}\r")
         terminal.wait_for("this line has a prompt of 26 tokens")
         terminal.wait_for("> ")
