@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 
+from kernels.sublayer import Stream
+
 T = TypeVar("T")
 
 
@@ -127,13 +129,13 @@ class Decoder:
 
     def _run(self, residual: torch.Tensor, attend: Callable) -> torch.Tensor:
         """(..., C) -> (..., C): all blocks and the last LayerNorm, with an attention of the caller's."""
-        branch = None
+        stream = Stream(residual)
         for layer, block in enumerate(self.gpt.transformer.h):
-            residual, normed = block.ln_1.add(residual, branch)
+            residual, normed = block.ln_1.add(stream)
             heads = attend(layer, block.attn, block.attn.c_attn(normed))
-            residual, normed = block.ln_2.add(residual, block.attn.c_proj(heads))
-            branch = block.mlp(normed)
-        return self.gpt.transformer.ln_f.add(residual, branch)[1]
+            residual, normed = block.ln_2.add(Stream(residual, block.attn.c_proj(heads)))
+            stream = Stream(residual, block.mlp(normed))
+        return self.gpt.transformer.ln_f.add(stream)[1]
 
     def _recompute(self, rows: Sequence[int]) -> torch.Tensor:
         """(len(rows), V): by a whole forward pass over the last block_size tokens of each sequence."""
