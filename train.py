@@ -68,6 +68,7 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     backend.require_cache_folder()
     gpt = load(config.model, table)
     gpt.set_recompute(config.recompute)
+    gpt.residual_dtype = None if config.residual_dtype == "float32" else getattr(torch, config.residual_dtype)
     backend.try_code_generation(config, world.device, gpt.ops)
     config = check_against_model(config, gpt)
     config, train_loader, val_loader = open_data(config, world, gpt)

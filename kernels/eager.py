@@ -14,20 +14,24 @@ LAYER_NORM_EPS = 1e-5
 IGNORE_INDEX = -1
 
 
-def embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor) -> torch.Tensor:
+def embedding(
+    idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Token embedding plus position embedding.
 
     Args:
         idx: (B, T) int64 token ids.
         token_weight: (V, C).
         position_weight: (block_size, C), block_size >= T.
+        dtype: of the result; None for that of the weights.
 
     Returns:
-        (B, T, C) in the weights' dtype: token_weight[idx] + position_weight[:T].
+        (B, T, C): token_weight[idx] + position_weight[:T].
     """
     positions = torch.arange(idx.shape[1], device=idx.device)
     look_up = _Lookup.apply if torch.compiler.is_compiling() else F.embedding
-    return look_up(idx, token_weight) + look_up(positions, position_weight)
+    y = look_up(idx, token_weight) + look_up(positions, position_weight)
+    return y if dtype is None else y.to(dtype)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -58,13 +58,16 @@ def _embedding_fwd_kernel(
     tl.store(y_ptr + y_offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _output(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor) -> torch.Tensor:
-    dtype = torch.promote_types(token_weight.dtype, position_weight.dtype)
+def _output(
+    idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     return torch.empty(*idx.shape, token_weight.shape[1], dtype=dtype, device=idx.device)
 
 
-def _forward(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor) -> torch.Tensor:
-    y = _output(idx, token_weight, position_weight)
+def _forward(
+    idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    y = _output(idx, token_weight, position_weight, dtype)
     if y.numel() == 0:
         return y
     token_weight, position_weight = (w if w.stride(1) == 1 else w.contiguous() for w in (token_weight, position_weight))
@@ -74,17 +77,17 @@ def _forward(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: tor
         _embedding_fwd_kernel,
         (idx, token_weight, position_weight, y, is_valid),
         (B, T, C, len(token_weight), *idx.stride(), token_weight.stride(0), position_weight.stride(0)),
-        lambda: _configure(y),
+        lambda: _configure(y, torch.promote_types(token_weight.dtype, position_weight.dtype)),
     )
     launch.require(is_valid, f"a token id is not in [0, {len(token_weight)})")
     return y
 
 
-def _configure(y: torch.Tensor) -> tuple[tuple[int, ...], dict]:
+def _configure(y: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], dict]:
     B, T, C = y.shape
     config = launch.lookup("embedding", y.device, y.element_size(), C)
     constants = {
-        "COMPUTE_DTYPE": launch.compute_dtype(y.dtype),
+        "COMPUTE_DTYPE": launch.compute_dtype(dtype),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "num_warps": config.num_warps,
@@ -116,40 +119,42 @@ def _backward(
         ids = idx if idx.dtype in (torch.int32, torch.int64) else idx.long()
         dtoken = torch.ops.aten.embedding_dense_backward(dy.to(token_dtype), ids, vocab_size, -1, False)
     if needs_dposition:
-        dposition = dy.sum(0).to(position_dtype)
+        dposition = dy.sum(0, dtype=position_dtype)
         if idx.shape[1] < block_size:
             dposition = F.pad(dposition, (0, 0, 0, block_size - idx.shape[1]))
     return dtoken, dposition
 
 
 def _save(ctx, inputs, output):
-    idx, token_weight, position_weight = inputs
+    idx, token_weight, position_weight, _ = inputs
     ctx.save_for_backward(idx)
     ctx.sizes = len(token_weight), len(position_weight), token_weight.dtype, position_weight.dtype
 
 
 def _differentiate(ctx, dy):
     (idx,) = ctx.saved_tensors
-    needs = ctx.needs_input_grad[1:]
+    needs = ctx.needs_input_grad[1:3]
     gradients = _embedding_backward(dy, idx, *ctx.sizes, *needs)
-    return None, *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+    return None, *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None
 
 
 _embedding_backward = register("embedding_backward", _backward, _gradients)
 _embedding = register("embedding", _forward, _output, _save, _differentiate)
 
 
-def embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor) -> torch.Tensor:
+def embedding(
+    idx: torch.Tensor, token_weight: torch.Tensor, position_weight: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Token embedding plus position embedding.
 
     Args:
         idx: (B, T) token ids: integers of any width and strides.
         token_weight: (V, C); fp32, fp16 or bf16 (fp64 for gradcheck).
         position_weight: (block_size, C), block_size >= T; any of these dtypes.
+        dtype: of the result; None for the wider of the weights' dtypes, also under autocast.
 
     Returns:
-        (B, T, C), contiguous: token_weight[idx] + position_weight[:T], in the wider of the weights' dtypes, also under
-        autocast.
+        (B, T, C), contiguous: token_weight[idx] + position_weight[:T], rounded once.
 
     Raises:
         ValueError: T is larger than block_size, the weights differ in width, or a tensor has another dtype or device.
@@ -163,7 +168,8 @@ def embedding(idx: torch.Tensor, token_weight: torch.Tensor, position_weight: to
         raise ValueError(
             f"token_weight is {token_weight.shape[1]} wide, and position_weight {position_weight.shape[1]}"
         )
-    return _embedding(idx, token_weight, position_weight)
+    dtype = dtype or torch.promote_types(token_weight.dtype, position_weight.dtype)
+    return _embedding(idx, token_weight, position_weight, dtype)
 
 
 def forward_cost(B: int, T: int, C: int, itemsize: int, idx_itemsize: int = 8) -> Cost:

@@ -18,8 +18,8 @@ from kernels.sublayer import Affine, Stream
 class Ops(NamedTuple):
     """One function per op. Shapes: B batch, T sequence, C width, V vocabulary."""
 
-    embedding: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    """(idx (B, T), token_weight (V, C), position_weight (block_size, C)) -> (B, T, C)"""
+    embedding: Callable[..., torch.Tensor]
+    """(idx (B, T), token_weight (V, C), position_weight (block_size, C), dtype=None) -> (B, T, C)"""
     layer_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     """(x (..., C), weight, bias) -> (..., C)"""
     add_layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]

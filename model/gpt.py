@@ -204,6 +204,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.ops = ops
+        self.residual_dtype: torch.dtype | None = None
+        """of the residual stream; None for that of the weights. In 16 bits it needs autocast to the same dtype: the
+        branches that are added have to be as narrow."""
         # On meta, since torch's own initialisation would be wasted, and would advance the global random state.
         with torch.device("meta"):
             self.transformer = Transformer(
@@ -291,8 +294,11 @@ class GPT(nn.Module):
         wte, wpe = self.transformer.wte, self.transformer.wpe
         if hooked(wte) or hooked(wpe):
             residual = wte(idx) + wpe(torch.arange(idx.shape[1], device=idx.device))
-        else:
+            residual = residual if self.residual_dtype is None else residual.to(self.residual_dtype)
+        elif self.residual_dtype is None:
             residual = self.ops.embedding(idx, wte.weight, wpe.weight)
+        else:
+            residual = self.ops.embedding(idx, wte.weight, wpe.weight, self.residual_dtype)
         stream = Stream(residual)
         for block in self.transformer.h:
             stream = Stream(block(stream.total())) if hooked(block) else block(*stream, as_stream=True)

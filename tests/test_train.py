@@ -154,6 +154,16 @@ def test_low_precision_is_close_and_trains(run_tiny, dtype):
     assert run.losses == pytest.approx(reference.losses, rel=2e-2)
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_residual_stream_in_16_bits_is_close_and_trains(run_tiny, backend):
+    wide, narrow = (
+        run_tiny(num_iterations=6, dtype="bfloat16", residual_dtype=dtype, backend=backend)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert narrow.losses[0] != wide.losses[0]  # it was rounded
+    assert narrow.losses == pytest.approx(wide.losses, rel=2e-2)
+
+
 def test_compile_gives_the_losses_of_eager(run_tiny, monkeypatch):
     compile = torch.compile
     asked = []

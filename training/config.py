@@ -165,6 +165,8 @@ class Config:
         help="cuda, mps or cpu (default: the first of them that is there).")
     dtype: str = flag("float32", "machine", decides=True, choices=("float32", "float16", "bfloat16"),
         help="Type of the matmuls; below float32, autocast around the forward pass.")
+    residual_dtype: str = flag("float32", "machine", decides=True, choices=("float32", "bfloat16"),
+        help="Type of the residual stream; bfloat16 halves what LayerNorms move, and needs --dtype bfloat16.")
     tensorcores: int = switch("machine", decides=False,
         help="1 lets float32 matmuls round their inputs to TF32.")
     compile: int = switch("machine", decides=False,
@@ -225,6 +227,11 @@ class Config:
             raise BadInput('--checkpoint_every has nowhere to write to: give an --output_dir that is not ""')
         if self.checkpoint_every and self.inference_only:
             raise BadInput("--checkpoint_every has nothing to save with --inference_only 1; leave one of them out")
+        if self.residual_dtype != "float32" and self.residual_dtype != self.dtype:
+            raise BadInput(
+                f"--residual_dtype {self.residual_dtype} needs matmuls of the same type, and --dtype is {self.dtype}; "
+                f"give --dtype {self.residual_dtype}, or --residual_dtype float32"
+            )
         if self.cuda_graph and self.dtype == "float16":
             raise BadInput(
                 "--cuda_graph 1 does not go with --dtype float16, since GradScaler follows each step on the host; give "

@@ -26,9 +26,12 @@ def backends() -> dict[str, Ops]:
     return {name: capture.our_ops() if name == OURS else of("cpu") for name, of in BACKENDS.items()}
 
 
-def trace_step(config: GPTConfig, ops: Ops, capability: int = 90) -> capture.Trace:
+def trace_step(
+    config: GPTConfig, ops: Ops, capability: int = 90, residual_dtype: torch.dtype | None = None
+) -> capture.Trace:
     """Trace the second training step of a network; the first makes the optimizer's state."""
     gpt = GPT(config, ops, init=False)
+    gpt.residual_dtype = residual_dtype
     with capture.trace(capability) as tracing:
         capture.fake_parameters(gpt)
         optimizer = optim.build(gpt, Config(learning_rate=1e-4, weight_decay=0.1))

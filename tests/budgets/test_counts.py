@@ -45,6 +45,14 @@ def test_bytes_outside_matmuls(steps):
     assert steps[OURS].bytes_outside_matmuls <= MOST_BYTES * steps["sdpa + F.gelu"].bytes_outside_matmuls
 
 
+def test_a_residual_stream_in_16_bits_halves_what_the_norms_move(steps):
+    tracing = step.trace_step(PRESETS[step.PRESET], capture.our_ops(), residual_dtype=torch.bfloat16)
+    outside = sum(event.bytes for event in tracing.events if not event.matmul)
+    print(f"\n--residual_dtype bfloat16: {outside / 1e9:.1f} GB outside matmuls, {tracing.peak_bytes / 1e9:.1f} alive")
+    assert outside <= 0.3 * steps["sdpa + F.gelu"].bytes_outside_matmuls
+    assert tracing.peak_bytes < 0.9 * steps[OURS].peak_bytes
+
+
 def test_what_is_alive_fits_80_gb(steps):
     """A tenth is for the driver and for fragments. Ours fits at the larger of the batch sizes that bench times; every
     variant fits at the smaller one, and eager, the largest, not at twice that. Of what is alive, weights, gradients,

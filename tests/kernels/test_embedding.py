@@ -51,6 +51,23 @@ def test_what_was_not_there_gets_exactly_nothing():
     assert not results["dtoken_weight"][~there].any() and results["dtoken_weight"][there].all()
 
 
+def test_a_result_narrower_than_the_weights():
+    """Rounded once, after the sum; and the positions' gradient is not summed in 16 bits."""
+
+    def narrow(function):
+        return lambda *args: function(*args, dtype=None if args[1].dtype == torch.float64 else torch.bfloat16)
+
+    inputs = inputs_of(9, 17, 40, 50, 20)
+    summed = {"dtoken_weight": 9 * 17, "dposition_weight": 9}
+    dy = normal(9, 17, 40, dtype=torch.bfloat16, seed=2)
+    forms = narrow(embedding), narrow(eager.embedding)
+    assert_no_worse(accuracy.compare_op(*forms, inputs, [dy], summed))
+    y, want = (form(*inputs.values()) for form in forms)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, want)
+    dposition = accuracy.outputs_and_gradients(forms[0], inputs, [dy])["dposition_weight"]
+    assert not torch.equal(dposition, dposition.bfloat16().float())
+
+
 def test_weights_of_two_dtypes():
     inputs = inputs_of(3, 5, 40, 11, 6)
     inputs["position_weight"] = inputs["position_weight"].bfloat16()
@@ -172,7 +189,7 @@ def test_gradcheck():
 def test_opcheck():
     dtype = torch.bfloat16
     idx, *weights = inputs_of(3, 4, 5, 6, 7, dtype=dtype).values()
-    torch.library.opcheck(torch.ops.tritongpt.embedding, (idx, *(w.requires_grad_() for w in weights)))
+    torch.library.opcheck(torch.ops.tritongpt.embedding, (idx, *(w.requires_grad_() for w in weights), dtype))
     for needs in ((True, True), (True, False), (False, True)):
         given = (normal(3, 4, 5, dtype=dtype), idx, 6, 7, dtype, dtype, *needs)
         torch.library.opcheck(torch.ops.tritongpt.embedding_backward, given)

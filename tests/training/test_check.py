@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import train
-from kernels import ops
+from kernels import ops, sublayer
 from kernels.ops import EAGER, Ops
-from model.gpt import GPT, LayerNorm
+from model.gpt import GPT
 from tests.conftest import DEVICE, TINY, TRITON, command_line
 from training.check import check
 
@@ -101,14 +101,15 @@ def test_a_gradient_that_is_missing_is_named(report_of):
 
 
 def test_an_optional_argument_is_checked_where_it_is_given(report_of, monkeypatch):
-    def add(norm, residual, branch):
-        branch = 0 * residual if branch is None else branch
-        return norm.ops.add_layer_norm(residual, branch, norm.weight, norm.bias, norm.bias)
+    def add_norm(ops, stream, norm):
+        branch = 0 * stream.residual if stream.branch is None else stream.branch
+        return ops.add_layer_norm(stream.residual, branch, *norm, norm[1])
 
-    def forgets(residual, branch, weight, bias, branch_bias):
-        return EAGER.add_layer_norm(residual, branch, weight, bias, branch_bias.detach())
+    def forgets(residual, branch, weight, bias, branch_bias=None):  # which the last LayerNorm is not given
+        bias_of_branch = [] if branch_bias is None else [branch_bias.detach()]
+        return EAGER.add_layer_norm(residual, branch, weight, bias, *bias_of_branch)
 
-    monkeypatch.setattr(LayerNorm, "add", add)
+    monkeypatch.setattr(sublayer, "add_norm", add_norm)
     assert report_of(EAGER)[0]
     right, lines = report_of(EAGER._replace(add_layer_norm=forgets))
     assert not right and "the first: add_layer_norm 0 (dbranch_bias)" in lines[-1]

@@ -50,7 +50,7 @@ def test_no_flag_is_left_unclassed():
     assert set(Config().deciding()) == {
         *("shuffle", "overfit_single_batch", "sequence_length", "total_batch_size", "num_iterations", "learning_rate"),
         *("warmup_iters", "learning_rate_decay_frac", "weight_decay", "grad_clip", "skip_loss_z", "skip_norm_z"),
-        "dtype",
+        *("dtype", "residual_dtype"),
     }
 
 
@@ -127,6 +127,10 @@ def test_validation_defaults_to_on_only_where_there_are_shards():
         ("--timeout_s 10000000000", "--timeout_s is 10000000000; it must be from 1 to 1000000000$"),
         ("--checkpoint_every 2 --output_dir=", "--checkpoint_every has nowhere to write to"),
         ("--checkpoint_every 2 --inference_only 1", "--checkpoint_every has nothing to save"),
+        (
+            "--residual_dtype bfloat16",
+            "--residual_dtype bfloat16 needs matmuls of the same type.*give --dtype bfloat16",
+        ),
         ("--cuda_graph 1 --dtype float16", "--cuda_graph 1 does not go with --dtype float16.*give --dtype bfloat16"),
         ("--cuda_graph 1 --inference_only 1", "--cuda_graph captures updates.*leave one of them out"),
         ("--resume=", '--resume is ""'),
