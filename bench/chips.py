@@ -3,12 +3,18 @@ peaks in training/flops.py."""
 
 from typing import NamedTuple
 
+from training.flops import peak_flops
+
 
 class Chip(NamedTuple):
     """Limits of one GPU."""
 
     name: str
+    gpu: str
+    """as torch.cuda.get_device_name gives it"""
     capability: int
+    bandwidth: float
+    """of device memory, bytes a second"""
     l2_bytes: int
     n_sms: int
     shared_per_block: int
@@ -18,15 +24,19 @@ class Chip(NamedTuple):
     blocks_per_sm: int = 32
     registers_per_sm: int = 65536
 
+    def peak(self, dtype: str = "bfloat16", tensorcores: int = 0) -> float | None:
+        """Dense FLOP/s of matrix products, where known."""
+        return peak_flops(self.gpu, dtype, tensorcores)
+
 
 KIB, MIB = 1 << 10, 1 << 20
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("A100", 80, 40 * MIB, 108, 163 * KIB, 164 * KIB),
-        Chip("H100", 90, 50 * MIB, 132, 227 * KIB, 228 * KIB),
-        Chip("H200", 90, 50 * MIB, 132, 227 * KIB, 228 * KIB),
-        Chip("B200", 100, 126 * MIB, 148, 227 * KIB, 228 * KIB),
+        Chip("A100", "NVIDIA A100-SXM4-80GB", 80, 2.039e12, 40 * MIB, 108, 163 * KIB, 164 * KIB),
+        Chip("H100", "NVIDIA H100 80GB HBM3", 90, 3.352e12, 50 * MIB, 132, 227 * KIB, 228 * KIB),
+        Chip("H200", "NVIDIA H200", 90, 4.8e12, 50 * MIB, 132, 227 * KIB, 228 * KIB),
+        Chip("B200", "NVIDIA B200", 100, 8.0e12, 126 * MIB, 148, 227 * KIB, 228 * KIB),
     )
 }
 

@@ -59,9 +59,9 @@ MULTIPROCESSORS = ((100, 148), (90, 132), (0, 108))
 # For 16 bits on sm_80. They fit the 99 KiB of shared memory of sm_86, sm_89 and sm_120, which has sm_80's matrix
 # instructions.
 ATTENTION_80 = (
-    LaunchConfig("attention", 80, 64, 2, 128, 64, 8, 3),
+    LaunchConfig("attention", 80, 64, 2, 64, 64, 4, 3, max_registers=168),
     LaunchConfig("attention", 80, 128, 2, 128, 64, 8, 2),
-    LaunchConfig("attention_dq", 80, 64, 2, 64, 64, 4, 3),
+    LaunchConfig("attention_dq", 80, 64, 2, 64, 32, 4, 3, max_registers=168),
     LaunchConfig("attention_dq", 80, 128, 2, 64, 64, 4, 2),
     LaunchConfig("attention_dkdv", 80, 64, 2, 32, 64, 4, 3),
     LaunchConfig("attention_dkdv", 80, 128, 2, 64, 64, 8, 2),
