@@ -171,8 +171,10 @@ class Block(nn.Module):
 
     def _half(self, stream: Stream, norm: LayerNorm, part: nn.Module) -> Stream:
         """In one call; module by module if a hook or a replaced module wants to see one of them."""
-        linears = [child for child in part.children()]
-        is_plain = type(part) in (CausalSelfAttention, MLP) and {*map(type, linears)} == {nn.Linear}
+        linears = list(part.children())
+        # By the method, since FSDP makes subclasses.
+        is_ours = type(part).forward in (CausalSelfAttention.forward, MLP.forward)
+        is_plain = is_ours and {*map(type, linears)} == {nn.Linear}
         if type(norm) is not LayerNorm or not is_plain or any_hooked((norm, *linears)) or hooked_besides_fsdp(part):
             residual, normed = norm.add(stream)
             return Stream(residual, part(normed))
