@@ -4,12 +4,9 @@ Nothing is tuned at run time: all ranks launch the same programs, and runs are b
 rows here. bench/results says which rows were measured; the others follow from the registers and shared memory that the
 machine code needs.
 
-Two kinds of calls spill registers with every configuration that was tried:
-- LayerNorm of more than 8,192 columns: backward up to 430 bytes per thread, forward up to 64. Backward holds five fp32
-  numbers per column (both sums, the weight, x and dy), and a multiprocessor has 65,536 registers.
-- Attention in 16 bits where T is not a multiple of the tiles and head_dim is a multiple of 16 but not a power of two,
-  such as 80: up to 112 bytes.
-A few other kernels spill 8 or 16 bytes where head_dim or T is odd.
+Attention in 16 bits spills registers with every configuration that was tried, up to 112 bytes per thread, where T is
+not a multiple of the tiles and head_dim is a multiple of 16 but not a power of two, such as 80. A few other kernels
+spill 8 or 16 bytes where head_dim, T or a width is odd, or in LayerNorm's backward of 4,097 to 8,192 columns.
 """
 
 import functools
@@ -52,6 +49,8 @@ FP_FUSION = {"enable_fp_fusion": True}
 sums would then differ in their last bits from version to version."""
 ANY = 1 << 62
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+WIDEST_TILE = WIDTHS[-1]
+"""of rows that LayerNorm holds in registers; the kernels of kernels/wide_layer_norm.py take wider ones"""
 
 # (lowest compute capability, multiprocessors of its largest chip), newest first
 MULTIPROCESSORS = ((100, 148), (90, 132), (0, 108))
@@ -76,11 +75,15 @@ CONFIGS = (
     # are in registers too. With any dtypes a program has at most 99 KiB, the limit of the smaller GPUs.
     *(LaunchConfig("layer_norm", 0, width, 4, 4096 // width, 0, 8, 3, 128, programs=2) for width in WIDTHS[:-1]),
     LaunchConfig("layer_norm", 0, 8192, 4, 1, 0, 16, 2),
-    LaunchConfig("layer_norm", 0, 16384, 8, 1, 0, 32, 1),
+    LaunchConfig("layer_norm", 0, WIDEST_TILE, 8, 1, 0, 32, 1),
     *(LaunchConfig("layer_norm_backward", 0, width, 4, 4096 // width, 0, 16, 3) for width in WIDTHS[:-1]),
     LaunchConfig("layer_norm_backward", 0, 8192, 4, 1, 0, 16, 2),
-    LaunchConfig("layer_norm_backward", 0, 10240, 8, 1, 0, 16, 1),
-    LaunchConfig("layer_norm_backward", 0, 16384, 8, 1, 0, 32, 1),
+    LaunchConfig("layer_norm_backward", 0, WIDEST_TILE, 8, 1, 0, 32, 1),
+    # Wide rows, in blocks of columns.
+    LaunchConfig("layer_norm_backward", 0, ANY, 4, 4, 1024, 16, 3),
+    LaunchConfig("layer_norm_backward", 0, ANY, 8, 4, 1024, 16, 1),
+    LaunchConfig("wide_layer_norm", 0, ANY, 4, 1, 2048, 8, 3, 255),
+    LaunchConfig("wide_layer_norm", 0, ANY, 8, 1, 2048, 8, 1),
     LaunchConfig("layer_norm_partials", 0, ANY, 8, 64, 32, 4, 1),
     LaunchConfig("embedding", 0, ANY, 8, 8, 256, 4, 1),
     LaunchConfig("column_sums", 0, ANY, 8, 64, 32, 4, 1),

@@ -86,8 +86,10 @@ def awkward_calls() -> dict[str, tuple[int, list[capture.Launch]]]:
 
     def add_layer_norm(width: int) -> list[capture.Launch]:
         with capture.trace(90) as tracing:
-            shapes = [(8, width)] * 2 + [(width,)] * 2
-            ops.add_layer_norm(*(torch.empty(shape, dtype=torch.bfloat16) for shape in shapes))
+            shapes = [(8, width)] * 2 + [(width,)] * 3
+            tensors = [torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+            total, normed = ops.add_layer_norm(*tensors)
+            (total + normed).sum().backward()
         return tracing.launches
 
     def real_gelu() -> list[capture.Launch]:
@@ -103,7 +105,7 @@ def awkward_calls() -> dict[str, tuple[int, list[capture.Launch]]]:
         "bf16": (90, attention(90, 64, 16, torch.bfloat16, "tf32")[:1]),
         "odd": (90, attention(90, 999, 33, torch.bfloat16)),
         "wide": (120, attention(120, 999, 80, torch.float32)[:2]),
-        "widest": (90, add_layer_norm(16383)),
+        "widest": (90, add_layer_norm(65535)),
         "decode fp32": (80, decode(ops, 80, 3, 128, dtype=torch.float32)),
         "decode odd": (90, decode(ops, 90, 3, 33, T=999)),
         "decode long": (100, decode(ops, 100, 1, 16, T=16384, dtype=torch.float16)),

@@ -16,7 +16,7 @@ from tests.kernels.conftest import DEVICE, DTYPES, assert_no_worse, far_apart, n
 
 FP32, BF16 = torch.float32, torch.bfloat16
 WIDTHS = (
-    *((width, FP32) for width in (1, 64, 768, 1023, 1024, 1280, 1600, 5000, 16384)),  # 16384: the widest
+    *((width, FP32) for width in (1, 64, 768, 1023, 1024, 1280, 1600, 5000)),
     *((width, dtype) for width in (768, 1023) for dtype in (torch.float16, BF16)),
 )
 
@@ -97,7 +97,7 @@ def test_several_programs_per_multiprocessor(monkeypatch):
             got = accuracy.outputs_and_gradients(add_layer_norm, inputs, gradients_of(inputs))
             with launch.DryRun(90, calls.append):
                 add_layer_norm(*inputs.values())
-        assert calls[0].grid == (2 * programs,) and calls[0].options["maxnreg"] == row.max_registers
+        assert calls[0].grid == (2 * programs, 1) and calls[0].options["maxnreg"] == row.max_registers
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
@@ -106,6 +106,50 @@ def test_more_partial_sums_than_a_block(monkeypatch):
     monkeypatch.setattr(launch, "n_programs", lambda device: 9)
     with launch.Trial(few):
         assert_both_no_worse(inputs_of(9 * 64, 33))
+
+
+@pytest.fixture
+def narrow_tiles(monkeypatch):
+    """Rows of more than 32 columns are wide, and taken in blocks of 64."""
+    monkeypatch.setattr(launch, "WIDEST_TILE", 32)
+    wide = launch.LaunchConfig("wide_layer_norm", 0, launch.ANY, 8, 1, 64, 4, 1)
+    with launch.Trial(wide, wide._replace(op="layer_norm_backward", block_m=4)):
+        yield
+
+
+@pytest.mark.usefixtures("narrow_tiles")
+@pytest.mark.parametrize(
+    ("width", "dtypes"),
+    [
+        *((width, {}) for width in (33, 128)),
+        (200, {"residual": BF16, "branch": BF16, "branch_bias": BF16}),
+        (200, {"branch": BF16, "weight": BF16, "bias": BF16, "branch_bias": BF16}),
+    ],
+)
+def test_wide_rows(width, dtypes, monkeypatch):
+    monkeypatch.setattr(launch, "n_programs", lambda device: 5)  # at 200 columns two programs per block of them
+    inputs = inputs_of(11, width, **dtypes)
+    assert_both_no_worse(inputs)
+    total, normed = add_layer_norm(*inputs.values())
+    assert torch.equal(layer_norm(total, inputs["weight"], inputs["bias"]), normed)
+    first, second = (accuracy.outputs_and_gradients(add_layer_norm, inputs, gradients_of(inputs)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("narrow_tiles")
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_wide_rows_of_equal_numbers_and_of_any_size(size):
+    inputs = inputs_of(3, 100)
+    assert_both_no_worse(inputs | {name: size * inputs[name] for name in ("residual", "branch", "branch_bias")})
+    equal = {name: inputs[name][:1].expand(3, -1)[:, :1].expand(3, 100) for name in ("residual", "branch")}
+    assert_both_no_worse(inputs | equal | {"branch_bias": inputs["branch_bias"][:1].expand(100)})
+
+
+@pytest.mark.usefixtures("narrow_tiles", "overflow_is_reported")
+def test_wide_rows_that_are_far_apart():
+    inputs = inputs_of(3, 64, BF16)
+    assert_both_no_worse(inputs | {name: far_apart(inputs[name]) for name in ("residual", "branch")})
+    assert_both_no_worse(inputs, [far_apart(gradient.to(BF16)) for gradient in gradients_of(inputs)])
 
 
 MIXED = {
@@ -206,7 +250,7 @@ from kernels.layer_norm import _layer_norm_fwd_kernel as kernel
 row = launch.lookup("layer_norm", torch.device("cpu"), 4, 768)
 constants = dict(
     N_COLS=768, ALIGN=16, COMPUTE_DTYPE=tl.float32, BLOCK_M=row.block_m, BLOCK_N=1024, NUM_STAGES=row.num_stages,
-    HAS_BRANCH_BIAS=False, branch_bias_ptr=None,
+    EPS=1e-5, branch_bias_ptr=None,
 )
 pointers = {"x": "fp32", "branch": "bf16", "weight": "fp32", "bias": "fp32", "residual": "fp32", "y": "bf16"}
 for has_branch in (True, False):
@@ -214,12 +258,13 @@ for has_branch in (True, False):
     signature |= {"statistics_ptr": "*fp32"}
     signature |= {name: "i32" for name in ("n_rows", "stride_x", "stride_branch")}
     absent = () if has_branch else ("branch_ptr", "residual_ptr", "stride_branch")
-    values = constants | {"HAS_BRANCH": has_branch} | dict.fromkeys(absent)
+    values = constants | dict.fromkeys(absent)
     signature = {name: "constexpr" if name in values else signature[name] for name in kernel.arg_names}
     by_16 = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name not in values}
     source = ASTSource(kernel, signature, values, by_16)
     for capability in (80, 90, 100):
-        compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": row.num_warps})
+        options = {"num_warps": row.num_warps, "maxnreg": row.max_registers}
+        compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
         ir = compiled.asm["ttgir"]
         layouts = dict(re.findall(r"(#\\w+) = (#ttg\\.\\w+<.*>)", ir))
         sums = re.findall(r'"tt.reduce".*?\\}\\) : \\(tensor<.*?(#\\w+)>', ir, re.S)
@@ -326,9 +371,11 @@ def test_no_rows():
         assert not any(results[name].any() for name in ("dweight", "dbias", "dbranch_bias") if name in results)
 
 
-def test_gradcheck(monkeypatch):
+@pytest.mark.parametrize("widest", [launch.WIDEST_TILE, 4])
+def test_gradcheck(widest, monkeypatch):
     monkeypatch.setattr(launch, "n_programs", lambda device: 2)
-    inputs = {name: x.requires_grad_() for name, x in inputs_of(3, 6, torch.float64, mean=1.0).items()}
+    monkeypatch.setattr(launch, "WIDEST_TILE", widest)
+    inputs = {name: x.requires_grad_() for name, x in inputs_of(2, 5, torch.float64, mean=1.0).items()}
     assert torch.autograd.gradcheck(layer_norm, tuple(without_branch(inputs).values()))
     assert torch.autograd.gradcheck(add_layer_norm, tuple(inputs.values()))
 
@@ -393,8 +440,6 @@ def test_rows_that_are_far_apart():
 
 def test_what_is_refused():
     x, weight = normal(2, 8), normal(8)
-    with pytest.raises(ValueError, match="at most 16384 columns"):
-        layer_norm(normal(1, 16385), normal(16385), normal(16385))
     for refused in ((x, weight[:4], weight), (x, weight, weight[:4]), (x, weight, x)):
         with pytest.raises(ValueError, match="as wide as a row"):
             layer_norm(*refused)
