@@ -62,12 +62,12 @@ def add_layer_norm(
         branch: (..., C), the output of attention or of the MLP.
         weight: (C,).
         bias: (C,).
-        branch_bias: (C,), a bias that the branch still lacks, cast as autocast would for a linear layer; None for none.
+        branch_bias: (C,), a bias that the branch still lacks; None for none.
 
     Returns:
         (residual + (branch + branch_bias), its layer_norm), both (..., C).
     """
-    residual = residual + (branch if branch_bias is None else branch + branch_bias.to(branch.dtype))
+    residual = residual + (branch if branch_bias is None else branch + branch_bias)
     return residual, layer_norm(residual, weight, bias)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from kernels import attention, gelu, layer_norm
 from kernels.dispatch import FLOATS, autocast_dtype, register
-from kernels.sublayer import Affine, Stream
+from kernels.sublayer import Affine, Stream, no_wider
 
 T = torch.Tensor
 Nine = tuple[T, T, T, T, T, T, T, T, T]
@@ -85,7 +85,8 @@ def _forward(
         r = _placeholder(residual)
         normed, statistics = layer_norm.forward(residual, norm_weight, norm_bias, dtype)
     else:
-        r, normed, statistics = layer_norm.add_forward(residual, branch, branch_bias, norm_weight, norm_bias, dtype)
+        summed = None if branch_bias is None else no_wider(branch_bias, residual, branch)
+        r, normed, statistics = layer_norm.add_forward(residual, branch, summed, norm_weight, norm_bias, dtype)
     cast, cast_out = (w if w.dtype == dtype else w.to(dtype) for w in (weight, out_weight))
     h = F.linear(normed, cast, bias.to(dtype))
     x, lse = (gelu.forward(h), _nothing(h)) if n_head is None else attention.packed_forward(h, n_head)
@@ -100,6 +101,11 @@ def _forward(
 def _nothing(x: torch.Tensor) -> torch.Tensor:
     """A new one for each output: those of an op do not share memory."""
     return x.new_empty(0)
+
+
+def _is_nothing(x: torch.Tensor) -> bool:
+    """An empty batch has its dimensions."""
+    return x.dim() == 1
 
 
 def _placeholder(x: torch.Tensor) -> torch.Tensor:
@@ -130,7 +136,7 @@ def _fake(residual, branch, branch_bias, *rest):
     if branch is None:
         r, (normed, statistics) = _placeholder(residual), layer_norm.outputs(residual, *norm)
     else:
-        r, normed, statistics = layer_norm.add_outputs(residual, branch, branch_bias, *norm)
+        r, normed, statistics = layer_norm.add_outputs(residual, branch, None, *norm)  # the bias widens nothing
     h, x, out = (normed.new_empty((*residual.shape[:-1], w)) for w in (weight.shape[0], *out_weight.t().shape))
     return (
         *(r, out, _nothing(h) if level >= 2 else normed, statistics, h),
@@ -189,12 +195,12 @@ def _backward(
     """Gradients of the first nine arguments of `_forward`. Empty where bit i of `needed` is 0, and for a branch of the
     residual's dtype, since its gradient is the same."""
     shape = h.shape
-    cast, cast_out = (c if c.numel() else w for c, w in ((cast, weight), (cast_out, out_weight)))
-    if not normed.numel():
+    cast, cast_out = (w if _is_nothing(c) else c for c, w in ((cast, weight), (cast_out, out_weight)))
+    if _is_nothing(normed):
         normed, _ = layer_norm.forward(r, norm_weight, norm_bias, h.dtype)
-    if not x.numel():
+    if _is_nothing(x):
         x = gelu.forward(h)
-    dout, x, h, normed = (t.reshape(-1, t.shape[-1]) for t in (dout, x, h, normed))
+    dout, x, h, normed = (t.flatten(0, -2) for t in (dout, x, h, normed))
     dx = dout.mm(cast_out)
     dout_weight = _weight_gradient(dout, x, out_weight.dtype) if needed >> 7 & 1 else _nothing(r)
     dout_bias = dout.sum(0, dtype=out_bias.dtype) if needed >> 8 & 1 and out_bias is not None else _nothing(r)
@@ -202,7 +208,7 @@ def _backward(
     if n_head is None:
         dh = gelu.backward_with_dbias(dx, h, dbias)
     else:
-        dx, o = (t.view(*shape[:-1], -1) for t in (dx, x))
+        dx, o = (t.view(*shape[:-1], shape[-1] // 3) for t in (dx, x))
         dh = attention.packed_backward(dx, h.view(shape), o, lse, n_head, dbias).view(h.shape)
     dnormed = dh.mm(cast).view(r.shape)
     dweight = _weight_gradient(dh, normed, weight.dtype) if needed >> 5 & 1 else _nothing(r)

@@ -1,4 +1,4 @@
-"""The two halves of a block of GPT-2, composed of the ops of any table. Knows nothing of triton.
+"""The two halves of a block of GPT-2, composed of the ops of any table (`kernels.ops.Ops`, which imports this file).
 
     r = residual + (branch + bias)      the stream, whose addition the half before has left to this one
     attention:  branch = attention(LayerNorm(r)·Wᵀ + b)·W_outᵀ + b_out
@@ -10,15 +10,12 @@ those of LayerNorm, with bitwise identical results.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from kernels.dispatch import autocast_dtype
-
-if TYPE_CHECKING:
-    from kernels.ops import Ops
 
 Affine = tuple[torch.Tensor, torch.Tensor]
 """weight and bias of a LayerNorm, (C,) each, or of a linear layer, (out, in) and (out,)"""
@@ -42,22 +39,28 @@ class Stream(NamedTuple):
         return self.residual + (self.branch if bias is None else self.branch + bias.to(self.branch.dtype))
 
 
-def add_norm(ops: "Ops", stream: Stream, norm: Affine) -> tuple[torch.Tensor, torch.Tensor]:
+def add_norm(ops: Any, stream: Stream, norm: Affine) -> tuple[torch.Tensor, torch.Tensor]:
     """(the stream's sum, its LayerNorm), both (B, T, C)"""
     if stream.branch is None:
         return stream.residual, ops.layer_norm(stream.residual, *norm)
-    bias = () if stream.bias is None else (stream.bias,)
+    bias = () if stream.bias is None else (no_wider(stream.bias, stream.residual, stream.branch),)
     return ops.add_layer_norm(stream.residual, stream.branch, *norm, *bias)
 
 
-def attention(ops: "Ops", stream: Stream, norm: Affine, linear: Affine, out: Affine, n_head: int, level: int) -> Stream:
+def no_wider(bias: torch.Tensor, residual: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """`bias`, (C,), in a dtype that does not widen a stream of 16 bits."""
+    dtype = torch.promote_types(residual.dtype, branch.dtype)
+    return bias if torch.promote_types(bias.dtype, dtype) == dtype else bias.to(dtype)
+
+
+def attention(ops: Any, stream: Stream, norm: Affine, linear: Affine, out: Affine, n_head: int, level: int) -> Stream:
     """The first half of a block. `Ops.attention_sublayer` documents the arguments."""
     residual, normed = add_norm(ops, stream, norm)
     qkv = _linear(normed, linear, (ops.layer_norm, residual, *norm) if level >= 2 else None)
     return Stream(residual, F.linear(ops.attention(qkv, n_head), *out))
 
 
-def mlp(ops: "Ops", stream: Stream, norm: Affine, linear: Affine, out: Affine, level: int) -> Stream:
+def mlp(ops: Any, stream: Stream, norm: Affine, linear: Affine, out: Affine, level: int) -> Stream:
     """The second half of a block. `Ops.mlp_sublayer` documents the arguments."""
     residual, normed = add_norm(ops, stream, norm)
     h = _linear(normed, linear, (ops.layer_norm, residual, *norm) if level >= 2 else None)

@@ -37,13 +37,14 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and child processes inherit that
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # and so is this one in a shell's background
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """Two processes for the whole suite on a CPU. None beside this one for a few tests, whose output may be wanted, or
-    on a GPU, whose memory some tests fill."""
+    """Three processes for the whole suite on a CPU: its tests wait, too. None beside this one for a few tests, whose
+    output may be wanted, or on a GPU, whose memory some tests fill."""
     whole = config.args_source.name == "TESTPATHS"
-    return 2 if whole and not torch.cuda.is_available() else 0
+    return 3 if whole and not torch.cuda.is_available() else 0
 
 
 def pytest_collection_modifyitems(items):

@@ -67,7 +67,7 @@ def test_a_dry_run_lists_launches_and_writes_nothing():
     (call,) = calls
     assert call.kernel is gelu._gelu_fwd_kernel and call.grid == (1,)
     assert call.args["x_ptr"] is x and (call.args["n_elements"], call.args["BLOCK_N"]) == (1000, 1024)
-    assert call.options == {"num_warps": 4, "num_stages": 1}
+    assert call.options == {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     assert launch.capability(torch.device("cpu")) == 0
     assert gelu.gelu(x)[0].item() == pytest.approx(0.8412, abs=1e-4)
     assert len(calls) == 1

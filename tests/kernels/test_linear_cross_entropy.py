@@ -125,7 +125,7 @@ def test_dweight_is_summed_in_fp32_and_never_rounded(dtype, monkeypatch):
     matmul, chunks = cross_entropy._matmul, []
 
     def watched(out, a, b, beta=0):
-        if beta:
+        if out.shape == exact.shape:
             chunks.append(a.shape)
             exact.add_(a.double() @ b.double())
         matmul(out, a, b, beta)

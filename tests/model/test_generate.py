@@ -123,11 +123,18 @@ def test_draws_are_those_without_a_cache(T, top_k):
 
 
 def count_calls(monkeypatch, gpt: GPT) -> list[tuple[int, ...]]:
-    """The shapes of what the first c_attn reads, while the network runs."""
+    """The shapes of what the first attention reads, while the network runs: by its parts, or half a block at once."""
     shapes: list[tuple[int, ...]] = []
     c_attn = gpt.transformer.h[0].attn.c_attn
-    plain = c_attn.forward
+    plain, sublayer = c_attn.forward, Ops.attention_sublayer
+
+    def half(ops, stream, norm, linear, *rest):
+        if linear[0] is c_attn.weight:
+            shapes.append(tuple(stream.residual.shape))
+        return sublayer(ops, stream, norm, linear, *rest)
+
     monkeypatch.setattr(c_attn, "forward", lambda x, *rest: shapes.append(tuple(x.shape)) or plain(x, *rest))
+    monkeypatch.setattr(Ops, "attention_sublayer", half)
     return shapes
 
 
