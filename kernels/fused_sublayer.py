@@ -57,10 +57,15 @@ def fused(
     if branch is not None and is_cast and branch.dtype != dtype:
         branch = branch.to(dtype)  # as it is where a linear layer made it
     out_weight, out_bias = out
-    r, branch = _sublayer(
-        *(residual, branch, branch_bias, *norm, *linear, out_weight, None if leave_bias else out_bias),
-        *(n_head, level, dtype),
-    )
+    parameters = *norm, *linear, out_weight, None if leave_bias else out_bias
+    suspends = is_cast and not torch.compiler.is_compiling()  # _forward makes every cast; autocast would look for more
+    if suspends:
+        torch.set_autocast_enabled(device.type, False)
+    try:
+        r, branch = _sublayer(residual, branch, branch_bias, *parameters, n_head, level, dtype)
+    finally:
+        if suspends:
+            torch.set_autocast_enabled(device.type, True)
     residual = _through(residual, r) if stream.branch is None else r
     return Stream(residual, branch, out_bias if leave_bias else None)
 

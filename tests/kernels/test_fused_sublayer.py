@@ -259,6 +259,17 @@ def test_compiled_to_one_graph_it_gives_the_same_bits(n_head):
     assert all(map(torch.equal, *by_form))
 
 
+def test_autocast_is_on_again_afterwards(monkeypatch):
+    inputs = inputs_of(0)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        half(TRITON)(*inputs.values())
+        assert torch.is_autocast_enabled(DEVICE)
+        monkeypatch.setattr(fused_sublayer, "_sublayer", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            half(TRITON)(*inputs.values())
+        assert torch.is_autocast_enabled(DEVICE)
+
+
 def test_only_where_its_ops_are_those_of_the_table(calls):
     for op in ("layer_norm", "add_layer_norm", "gelu", "attention"):
         mixed = TRITON._replace(**{op: getattr(EAGER, op)})
