@@ -1,6 +1,6 @@
 """Shards of tokens on disk, in llm.c's format: 256 little-endian int32, then uint16 tokens.
 
-Header: [0] = 20240520, [1] = 1, [2] = number of tokens, the rest zero.
+docs/formats.md has it to the byte.
 """
 
 import glob

@@ -1,4 +1,4 @@
-"""The .bin files of llm.c: model, debug state and tokenizer, written and read.
+"""The .bin files of llm.c: model, debug state and tokenizer, written and read. docs/formats.md has them to the byte.
 
 Every file starts with 256 little-endian int32: magic number, version, sizes, zeros. In tensor files the vocabulary is
 padded to Vp, the next multiple of 128, with rows of zeros. Their order: wte, wpe, then each kind of a block's tensors

@@ -36,7 +36,7 @@ def tokens_of(pattern: str) -> list[torch.Tensor]:
 
 
 def windows(shards: list[torch.Tensor], B: int, T: int):
-    """Inputs and targets of one process, forever: SPEC section 2 for a world of 1."""
+    """Inputs and targets of one process, forever: in each shard, as many whole batches as fit, with the last target."""
     while True:
         for shard in shards:
             for base in range(0, len(shard) - B * T, B * T):
@@ -99,8 +99,6 @@ def test_run_directory_and_logs(run_tiny, tiny):
     order = [(0, tel), (0, trl), (1, trl), (2, tel), (2, trl), (3, trl), (4, tel), (4, trl), (5, tel)]
     assert kinds == [(str(step), kind) for step, kind in order]
     assert [line["step"] for line in run.metrics] == [1, 2, 3, 4, 5]
-    keys = {"step", "tokens", "loss", "norm", "lr", "ms", "tok_per_s", "mfu", "memory_mib", "skipped"}
-    assert all(line.keys() == keys for line in run.metrics)
     assert all(line["mfu"] is None for line in run.metrics)  # nobody knows the peak of a CPU
     config = json.loads((run.output_dir / "config.json").read_text())
     assert config["flags"]["val_loss_every"] == 2 and config["flags"]["model"] == tiny["--model"]
@@ -203,15 +201,8 @@ def test_writing_tensors_leaves_the_run_unchanged(run_tiny, tiny):
     run = run_tiny(write_tensors=1)
     assert run.losses == plain.losses
     assert same_state(llmc.load_model(run.output_dir), llmc.load_model(plain.output_dir))
-    # The files hold what the run started from, and its first batch.
+    # What the run started from; tests/test_formats.py reads the other files.
     assert same_state(llmc.load_model(run.output_dir / "gpt2_tiny.bin"), llmc.load_model(Path(tiny["--model"])))
-    assert (run.output_dir / "gpt2_tiny_bf16.bin").exists()
-    state = (run.output_dir / "gpt2_tiny_debug_state.bin").read_bytes()
-    x, y = next(windows(tokens_of(tiny["--input_bin"]), B=4, T=16))
-    header = np.frombuffer(state, "<i4", 256)
-    assert header[:4].tolist() == [20240327, 2, 4, 16]
-    assert np.array_equal(np.frombuffer(state, "<i4", 64, offset=1024), x.flatten().numpy())
-    assert np.array_equal(np.frombuffer(state, "<i4", 64, offset=1280), y.flatten().numpy())
     assert not (run.output_dir / "gpt2_tokenizer.bin").exists()  # 61 tokens are not GPT-2's
 
 

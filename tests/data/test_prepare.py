@@ -35,6 +35,7 @@ from common import BadInput
 from data import prepare
 from data.loader import ShardLoader
 from data.tokenizer import gpt2_encoding
+from tests import formats
 from tests.conftest import ROOT
 from training.config import parse
 from training.distributed import World
@@ -53,13 +54,7 @@ def named(texts) -> Iterator[prepare.Document]:
 
 
 def shards(folder: Path, kind: str) -> list[list[int]]:
-    """Read after SPEC section 2."""
-    read = []
-    for path in sorted(folder.glob(f"{kind}_*.bin")):
-        header, tokens = np.fromfile(path, "<i4", 256), np.fromfile(path, "<u2", offset=1024)
-        assert header.tolist() == [20240520, 1, len(tokens)] + 253 * [0]
-        read.append(tokens.tolist())
-    return read
+    return [formats.shard(path) for path in sorted(folder.glob(f"{kind}_*.bin"))]
 
 
 def all_tokens(folder: Path) -> list[int]:

@@ -6,6 +6,7 @@ import pytest
 
 from common import BadInput
 from evals.eval_file import Question, read, write
+from tests import formats
 
 QUESTIONS = [
     Question(2, [464, 3290], [[318], [373, 257], [11], [50256, 0, 1]]),
@@ -19,30 +20,8 @@ def path(tmp_path):
     return tmp_path / "questions.bin"
 
 
-def read_after_the_document(content: bytes) -> list[tuple]:
-    """A reader from docs/formats.md alone."""
-    header = struct.unpack("<256i", content[:1024])
-    assert header[:3] == (20240522, 1, 2) and not any(header[4:])
-    at, found, lengths = 1024, [], []
-    for i in range(header[2]):
-        start, n_bytes, number, label, n_endings = struct.unpack_from("<5H", content, at)
-        assert (start, number, n_endings) == (65535, i, 4)
-        inside = at + 10
-        parts = []
-        for _ in range(1 + n_endings):
-            (length,) = struct.unpack_from("<H", content, inside)
-            parts.append(list(struct.unpack_from(f"<{length}H", content, inside + 2)))
-            inside += 2 + 2 * length
-        assert inside == at + n_bytes
-        found.append((label, parts[0], parts[1:]))
-        lengths.append(n_bytes)
-        at = inside
-    assert at == len(content) and header[3] == max(lengths)
-    return found
-
-
 def test_to_the_byte(path):
-    assert read_after_the_document(path.read_bytes()) == [tuple(question) for question in QUESTIONS]
+    assert formats.questions(path) == [tuple(question) for question in QUESTIONS]
     first = [65535, 38, 0, 2, 4, 2, 464, 3290, 1, 318, 2, 373, 257, 1, 11, 3, 50256, 0, 1]
     assert path.read_bytes()[1024 : 1024 + 38] == struct.pack("<19H", *first)
     assert read(path) == QUESTIONS

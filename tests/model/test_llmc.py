@@ -1,5 +1,6 @@
-"""llm.c's files, byte by byte: what was written is read here with struct and NumPy, from SPEC section 3 alone."""
+"""llm.c's files, byte by byte: written by this project, read by it and by tests/formats.py; and what is refused."""
 
+import dataclasses
 import errno
 import struct
 from pathlib import Path
@@ -13,6 +14,7 @@ from data.tokenizer import END_OF_TEXT, gpt2_encoding, token_bytes
 from kernels.ops import EAGER, SDPA
 from model import llmc
 from model.gpt import GPT, GPTConfig
+from tests import formats
 
 CONFIGS = {
     "gpt2's vocabulary": GPTConfig(block_size=6, vocab_size=50257, n_layer=3, n_head=2, n_embd=4),
@@ -33,50 +35,22 @@ def random_gpt(config: GPTConfig = SMALL, ops=EAGER) -> GPT:
     return gpt
 
 
-def layout(config: GPTConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes as they lie in the file, after SPEC section 3."""
-    C, L = config.n_embd, config.n_layer
-    kinds = [
-        *[
-            ("ln_1.weight", (C,)),
-            ("ln_1.bias", (C,)),
-            ("attn.c_attn.weight", (3 * C, C)),
-            ("attn.c_attn.bias", (3 * C,)),
-        ],
-        *[("attn.c_proj.weight", (C, C)), ("attn.c_proj.bias", (C,)), ("ln_2.weight", (C,)), ("ln_2.bias", (C,))],
-        *[("mlp.c_fc.weight", (4 * C, C)), ("mlp.c_fc.bias", (4 * C,)), ("mlp.c_proj.weight", (C, 4 * C))],
-        ("mlp.c_proj.bias", (C,)),
-    ]
-    Vp = (config.vocab_size + 127) // 128 * 128
-    return [
-        ("transformer.wte.weight", (Vp, C)),
-        ("transformer.wpe.weight", (config.block_size, C)),
-        *[(f"transformer.h.{layer}.{kind}", shape) for kind, shape in kinds for layer in range(L)],
-        *[("transformer.ln_f.weight", (C,)), ("transformer.ln_f.bias", (C,))],
-    ]
-
-
-def check_tensors(content: bytes, offset: int, config: GPTConfig, expected: dict[str, np.ndarray], dtype: str) -> None:
-    """Every tensor at its offset, the padding zero, and nothing behind the last."""
-    for name, shape in layout(config):
-        count = int(np.prod(shape))
-        found = np.frombuffer(content, dtype, count, offset).reshape(shape)
-        if name == "transformer.wte.weight":
-            assert not found[config.vocab_size :].any(), "the padding is not zero"
-            found = found[: config.vocab_size]
-        np.testing.assert_array_equal(found, expected[name], err_msg=f"{name} at byte {offset}", strict=True)
-        offset += count * np.dtype(dtype).itemsize
-    assert offset == len(content)
-
-
 def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
 
 
+def assert_same_arrays(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """The same names, shapes and bits, all in fp32."""
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].dtype == values.dtype == np.float32
+        np.testing.assert_array_equal(found[name].view("u4"), values.view("u4"), err_msg=name, strict=True)
+
+
 def nearest_even(values: np.ndarray) -> np.ndarray:
-    """fp32 to the bits of bf16, rounded to nearest, ties to even."""
+    """fp32 without the digits that bf16 lacks, rounded to nearest, ties to even."""
     bits = values.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16 << 16).view(np.float32)
 
 
 # Model files
@@ -86,11 +60,10 @@ def nearest_even(values: np.ndarray) -> np.ndarray:
 def test_float32_file(tmp_path, config):
     gpt = random_gpt(config)
     llmc.write_model(tmp_path / "model.bin", gpt)
-    content = (tmp_path / "model.bin").read_bytes()
-    Vp = {50257: 50304, 256: 256, 129: 256}[config.vocab_size]
-    sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, Vp)
-    assert struct.unpack("<256i", content[:1024]) == (20240326, 3, *sizes, *[0] * 248)
-    check_tensors(content, 1024, config, arrays(dict(gpt.named_parameters())), "<f4")
+    assert struct.unpack("<2i", (tmp_path / "model.bin").read_bytes()[:8]) == (20240326, 3)
+    network, tensors = formats.model(tmp_path / "model.bin")
+    assert network == dataclasses.astuple(config)
+    assert_same_arrays(tensors, arrays(dict(gpt.named_parameters())))
 
     read_config, state = llmc.read_model(tmp_path / "model.bin")
     assert read_config == config
@@ -117,15 +90,13 @@ def test_bfloat16_file_is_rounded_to_nearest_even(tmp_path):
     with torch.no_grad():
         gpt.transformer.wte.weight.view(-1)[: len(awkward)] = torch.from_numpy(np.array(awkward, "<u4").view("<f4"))
     llmc.write_model(tmp_path / "model.bin", gpt, torch.bfloat16)
-    content = (tmp_path / "model.bin").read_bytes()
-    assert struct.unpack("<2i", content[:8]) == (20240326, 5)
+    assert struct.unpack("<2i", (tmp_path / "model.bin").read_bytes()[:8]) == (20240326, 5)
     expected = {name: nearest_even(param) for name, param in arrays(dict(gpt.named_parameters())).items()}
-    check_tensors(content, 1024, SMALL, expected, "<u2")
+    assert_same_arrays(formats.model(tmp_path / "model.bin")[1], expected)
 
     read_config, state = llmc.read_model(tmp_path / "model.bin")
     assert read_config == SMALL
-    for name, bits in expected.items():
-        np.testing.assert_array_equal(state[name].numpy().view(np.uint32), bits.astype(np.uint32) << 16, err_msg=name)
+    assert_same_arrays(arrays({name: state[name] for name in expected}), expected)
 
 
 def test_config_and_state_dict_write_the_same_file(tmp_path):
@@ -162,16 +133,11 @@ def test_debug_state_file(tmp_path):
     logits, loss = gpt(x, y)
     loss.backward()
 
-    content = (tmp_path / "state.bin").read_bytes()
-    assert struct.unpack("<256i", content[:1024]) == (20240327, 2, 3, 7, *[0] * 252)
-    body, n_ids, n_logits = 1024, 3 * 7, 3 * 7 * SMALL.vocab_size
-    assert np.array_equal(np.frombuffer(content, "<i4", n_ids, body).reshape(3, 7), x)
-    assert np.array_equal(np.frombuffer(content, "<i4", n_ids, body + 4 * n_ids).reshape(3, 7), y)
-    body += 8 * n_ids
-    assert np.array_equal(np.frombuffer(content, "<f4", n_logits, body), logits.detach().flatten())
-    assert np.frombuffer(content, "<f4", 1, body + 4 * n_logits)[0] == loss.item()
+    found = formats.debug_state(tmp_path / "state.bin", formats.Network(*dataclasses.astuple(SMALL)))
+    assert np.array_equal(found.x, x) and np.array_equal(found.y, y)
+    assert np.array_equal(found.logits, logits.detach()) and found.loss == loss.item()
     grads = {name: param.grad for name, param in gpt.named_parameters()}
-    check_tensors(content, body + 4 * n_logits + 4, SMALL, arrays(grads), "<f4")
+    assert_same_arrays(found.grads, arrays(grads))
 
     state = llmc.read_debug_state(tmp_path / "state.bin", SMALL)
     assert torch.equal(state.x, x) and torch.equal(state.y, y) and state.x.dtype == torch.int64
@@ -223,13 +189,8 @@ def test_debug_state_leaves_the_run_as_it_was(has_gradients):
 def test_tokenizer_file_decodes_every_byte(tmp_path):
     path = tmp_path / "gpt2_tokenizer.bin"
     llmc.write_tokenizer(path, token_bytes(), END_OF_TEXT)
-    content = path.read_bytes()
-    assert struct.unpack("<256i", content[:1024]) == (20240328, 2, 50257, 50256, *[0] * 252)
-    table, at = [], 1024
-    while at < len(content):
-        table.append(content[at + 1 : at + 1 + content[at]])
-        at += 1 + content[at]
-    assert len(table) == 50257 and table[50256] == b"<|endoftext|>"
+    table, end_of_text = formats.tokenizer(path)
+    assert (len(table), end_of_text) == (50257, 50256) and table[50256] == b"<|endoftext|>"
 
     encoding = gpt2_encoding()
     every_byte = [encoding.encode_single_token(bytes([value])) for value in range(256)]
