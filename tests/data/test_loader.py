@@ -1,4 +1,4 @@
-"""The loader against SPEC section 2, derived here from the tokens alone."""
+"""The loader: the order of llm.c, derived here from the tokens alone."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ LENGTHS = [41, 97, 81, 80, 160, 1009]
 
 
 def write_shards(folder, lengths, vocab_size=50257, seed=3) -> tuple[str, list[np.ndarray]]:
-    """Shards of random ids after SPEC; returns a glob, and the tokens of each."""
+    """Shards of random ids; returns a glob, and the tokens of each."""
     rng = np.random.default_rng(seed)
     shards = [rng.integers(0, vocab_size, length).astype("<u2") for length in lengths]
     for index, tokens in enumerate(shards):
@@ -35,7 +35,7 @@ def corpus(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("corpus"), LENGTHS)
 
 
-def spec_windows(shards, stride):
+def llmc_windows(shards, stride):
     """What all ranks read together, step by step: base, base + stride, ... and the next shard once none fits."""
     for tokens in itertools.cycle(shards):
         base = 0
@@ -70,7 +70,7 @@ def test_ranks_together_read_what_one_process_reads(corpus, world):
     pattern, shards = corpus
     loaders = ranks(pattern, world)
     one = ShardLoader(pattern, GLOBAL_BATCH, T)
-    windows = spec_windows(shards, GLOBAL_BATCH * T)
+    windows = llmc_windows(shards, GLOBAL_BATCH * T)
     for _ in range(STEPS):
         x, y = step(loaders)
         window = torch.from_numpy(next(windows))

@@ -1,4 +1,4 @@
-"""The shard format, byte by byte after SPEC section 2: written here with struct and read by us, and the other way."""
+"""Shards, byte by byte after docs/formats.md: written here with struct and read by us, and the other way."""
 
 import struct
 
@@ -9,8 +9,8 @@ from common import BadInput
 from data.shards import find_shards, open_shard, write_shard
 
 
-def spec_bytes(tokens, magic=20240520, version=1, claimed=None) -> bytes:
-    """A shard as SPEC describes it, without NumPy."""
+def shard_bytes(tokens, magic=20240520, version=1, claimed=None) -> bytes:
+    """A writer from docs/formats.md alone, without NumPy."""
     header = [magic, version, len(tokens) if claimed is None else claimed]
     return struct.pack(f"<256i{len(tokens)}H", *header, *[0] * 253, *tokens)
 
@@ -20,10 +20,10 @@ def random_tokens(n: int) -> list[int]:
 
 
 @pytest.mark.parametrize("tokens", [random_tokens(1), random_tokens(997), [0, 255, 256, 50256, 65535], []])
-def test_written_and_read_as_spec_says(tmp_path, tokens):
+def test_written_and_read_to_the_byte(tmp_path, tokens):
     write_shard(tmp_path / "ours.bin", np.array(tokens, np.uint16))
-    assert (tmp_path / "ours.bin").read_bytes() == spec_bytes(tokens)
-    (tmp_path / "theirs.bin").write_bytes(spec_bytes(tokens))
+    assert (tmp_path / "ours.bin").read_bytes() == shard_bytes(tokens)
+    (tmp_path / "theirs.bin").write_bytes(shard_bytes(tokens))
     read = open_shard(tmp_path / "theirs.bin")
     assert read.dtype == np.uint16 and read.tolist() == tokens
 
@@ -31,7 +31,7 @@ def test_written_and_read_as_spec_says(tmp_path, tokens):
 def test_tokens_are_mapped_and_not_read(tmp_path):
     path = tmp_path / "large.bin"
     with open(path, "wb") as file:
-        file.write(spec_bytes([1, 2, 3], claimed=2**30))
+        file.write(shard_bytes([1, 2, 3], claimed=2**30))
         file.truncate(1024 + 2 * 2**30)  # 2 GiB of nothing, which take no room
     tokens = open_shard(path)
     assert isinstance(tokens, np.memmap) and not tokens.flags.writeable
@@ -41,12 +41,12 @@ def test_tokens_are_mapped_and_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (spec_bytes([1, 2], magic=20240326), "magic number 20240326 instead of 20240520"),
-        (spec_bytes([1, 2], version=2), "version 2 instead of 1"),
-        (spec_bytes([1, 2], claimed=3), "claims 3 tokens and the file has 2"),
-        (spec_bytes([1, 2])[:-1], "claims 2 tokens and the file has 1"),
-        (spec_bytes([1, 2], claimed=-1), "claims -1 tokens"),
-        (spec_bytes([])[:-1], "1023 bytes are less than the header"),
+        (shard_bytes([1, 2], magic=20240326), "magic number 20240326 instead of 20240520"),
+        (shard_bytes([1, 2], version=2), "version 2 instead of 1"),
+        (shard_bytes([1, 2], claimed=3), "claims 3 tokens and the file has 2"),
+        (shard_bytes([1, 2])[:-1], "claims 2 tokens and the file has 1"),
+        (shard_bytes([1, 2], claimed=-1), "claims -1 tokens"),
+        (shard_bytes([])[:-1], "1023 bytes are less than the header"),
         (b"", "0 bytes are less than the header"),
     ],
 )
