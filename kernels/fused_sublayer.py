@@ -8,7 +8,7 @@ column sum of a gradient that a backward kernel holds in registers, dh in those 
 of LayerNorm. Gradients of matrices are written in the dtype of the parameter, by the matmul. And it saves host time: a
 single autograd node makes 7 calls of ops.
 
-Saved for backward, per token: 7·C elements by attention (r, normed, h, x) and 10·C by the MLP, less normed (C) at
+Saved for backward, per token: 6·C elements by attention (r, normed, h, x) and 10·C by the MLP, less normed (C) at
 recompute level 2, and x (4·C) of the MLP at level 1. Results and gradients are bitwise identical at all levels.
 """
 
