@@ -19,6 +19,7 @@ ALLOWED = {  # what the files of a folder may import of ours; of kernels the mod
     "training": ("training", "model", "data", "kernels.ops", "kernels.accuracy", "common", "readers"),
     "train": ("training", "evals", "model", "data", "kernels.ops", "common", "readers"),
     "bench": ("bench", "training", "model", "kernels", "common"),
+    "docs": ("docs", "model", "kernels", "common"),
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

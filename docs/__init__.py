@@ -1,0 +1,1 @@
+"""Documents, and what draws the pictures in them: `python -m docs.draw_kernels`."""
