@@ -13,8 +13,6 @@ import triton
 from kernels import launch
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-WIDTHS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
-"""bits, by what an access to memory is called in machine code"""
 
 
 class MachineCode(NamedTuple):
@@ -27,7 +25,7 @@ class MachineCode(NamedTuple):
     """bytes per block"""
     threads: int
     load_bits: int
-    """widest access to global memory of one thread; what a copy engine moves counts as 128"""
+    """widest access to global memory of one thread, as Triton asks ptxas for it"""
     store_bits: int
     mma: str
     """tcgen05, wgmma or mma; empty where nothing is multiplied"""
@@ -97,7 +95,6 @@ def read(specialised: Specialised) -> MachineCode:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _output_of("cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = _output_of("nvdisasm", "-c", cubin.name)
     registers, spills = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
     ptx = compiled.asm["ptx"]
     mma = next((kind for kind in ("tcgen05.mma", "wgmma.mma", "mma.sync") if kind in ptx), "")
@@ -106,8 +103,8 @@ def read(specialised: Specialised) -> MachineCode:
         spills,
         compiled.metadata.shared,
         32 * compiled.metadata.num_warps,
-        _widest(sass, r"LDG|LDGSTS", "UTMALDG"),
-        _widest(sass, r"STG", "UTMASTG"),
+        _widest(ptx, "ld", copies=True),
+        _widest(ptx, "st"),
         mma.partition(".")[0],
         "tt.dot" in compiled.asm["ttir"],
         mma.startswith("wgmma") and _is_serialised(ptx),
@@ -126,8 +123,11 @@ def _output_of(program: str, *args: str) -> str:
     return subprocess.run([BINARIES / program, *args], capture_output=True, text=True, check=True).stdout
 
 
-def _widest(sass: str, instructions: str, copy_engine: str) -> int:
-    """In bits, of the instructions that the program has."""
-    accesses = re.findall(rf"\b(?:{instructions})\.([\w.]+)", sass)
-    widths = [next((WIDTHS[word] for word in access.split(".") if word in WIDTHS), 32) for access in accesses]
-    return max([*widths, 128 if copy_engine in sass else 0])
+def _widest(ptx: str, kind: str, copies: bool = False) -> int:
+    """In bits, of one thread's accesses to global memory: "ld" those that read, with or without the asynchronous copies
+    to shared memory, "st" those that write. ptxas keeps their widths."""
+    found = re.findall(rf"\b{kind}\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+    widths = [int(vector or 1) * int(bits) for vector, bits in found]
+    if copies:
+        widths += [8 * int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global.*\], (\w+)", ptx)]
+    return max(widths, default=0)

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ except ImportError:  # Windows
 
 LONGEST_LINE = 1 << 16
 """bytes of a line of metrics.jsonl"""
+DRAW_EVERY_S = 10
+"""seconds between pictures while a run goes on: a picture takes longer than a step of a small network"""
 UPDATES = ("trl", "metrics")
 """kinds of lines that belong to an update; the others are about the weights after one"""
 
@@ -55,6 +58,7 @@ class RunLog:
         self.val_losses: list[tuple[int, float]] = []
         self._drawn = 0
         """number of losses in the picture"""
+        self._drawn_at = -math.inf
         self._events = None
 
     def open(self, steps_done: int = 0, tensorboard: bool = False) -> "RunLog":
@@ -92,11 +96,12 @@ class RunLog:
         self._add_metrics(finite)
 
     def validation(self, step: int, loss: float) -> None:
-        """Record the validation loss after a step, in nats, and redraw loss.png."""
+        """Record the validation loss after a step, in nats. Redraw loss.png if the last one is DRAW_EVERY_S old."""
         self.val_losses.append((step, loss))
         self._append("main.log", f"s:{step} tel:{loss:.6f}\n")
         self._add_scalars(step, {"validation/loss": loss})
-        self.draw()
+        if time.monotonic() - self._drawn_at >= DRAW_EVERY_S:
+            self.draw()
 
     def evaluation(self, step: int, figures: dict[str, dict[str, float]]) -> None:
         """Record the figures of evaluations after a step, by evaluation, as a line of metrics.jsonl."""
@@ -117,7 +122,7 @@ class RunLog:
             warnings.simplefilter("ignore")  # about glyphs that the font lacks
             figure = self._figure()
             figure.savefig(file, format="png", dpi=120)
-            self._drawn = n_losses
+            self._drawn, self._drawn_at = n_losses, time.monotonic()
 
     def _figure(self) -> Any:
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if it cannot write its cache of fonts

@@ -102,17 +102,18 @@ def test_what_breaks_a_limit_is_named(of_step):
         assert what in line
 
 
-def test_widths_are_read_off_the_machine_code():
-    for sass, bits in (
-        ("LDG.E.128 R4, [R2]; LDG.E.64 R4, [R2];", 128),
-        ("LDG.E R4, [R2];", 32),
-        ("LDG.E.U16 R4, [R2];", 16),
-        ("LDGSTS.E.BYPASS.128 [R9], [R2];", 128),
-        ("UTMALDG.2D [UR8], [UR4];", 128),
-        ("LDG.E.ENL2.256 R4, R8, [R2];", 256),
-        ("STG.E.128 [R2], R4;", 0),
+def test_widths_are_read_off_the_code():
+    for ptx, load_bits, store_bits in (
+        ("ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];\nld.global.b16 { %rs1 }, [ %rd1 + 0 ];", 128, 0),
+        ("ld.global.L1::evict_first.L2::cache_hint.v2.b64 { %rd1, %rd2 }, [ %rd3 + 0 ], %rd4;", 128, 0),
+        ("@%p1 ld.global.b32 { %r1 }, [ %rd1 + 0 ];", 32, 0),
+        ("ld.global.v8.b32 { %r1, %r2, %r3, %r4, %r5, %r6, %r7, %r8 }, [ %rd1 + 0 ];", 256, 0),
+        ("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", 128, 0),
+        ("ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r5 ];\nst.global.b16 [ %rd1 + 0 ], { %rs1 };", 0, 16),
+        ("@%p1 st.global.v4.b32 [ %rd1 + 0 ], { %r1, %r2, %r3, %r4 };", 0, 128),
     ):
-        assert machine_code._widest(sass, "LDG|LDGSTS", "UTMALDG") == bits, sass
+        found = machine_code._widest(ptx, "ld", copies=True), machine_code._widest(ptx, "st")
+        assert found == (load_bits, store_bits), ptx
 
 
 def test_occupancy_is_that_of_the_calculator():

@@ -1,5 +1,6 @@
 """A block runs in two calls of the backend, and module by module where a hook or a replaced module has to be called."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,9 +86,14 @@ def test_a_layer_that_was_replaced_is_called(calls):
     assert calls == ["attention", *HALVES]
 
 
-@pytest.mark.parametrize("level", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("level", "dtype", "compiled"),
+    [
+        *itertools.product((1, 2), (torch.float32, torch.bfloat16), [False]),
+        (2, torch.bfloat16, True),
+        pytest.param(1, torch.float32, True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_bits_whatever_is_recomputed(level, dtype, compiled):
     def gradients(level: int) -> list[torch.Tensor]:
         gpt = network()

@@ -114,7 +114,7 @@ def die_after(rank: int, step: int) -> None:
     after_each_step(die)
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage"), [(4, 0), (2, 1), (2, 3)])
+@pytest.mark.parametrize(("ranks", "zero_stage"), [pytest.param(4, 0, marks=pytest.mark.slow), (2, 1), (2, 3)])
 def test_cut_and_resumed_on_ranks(start_ranks, run_ranks, ranks, zero_stage):
     """Killed after steps of which the checkpoint may or may not be whole, and resumed by `auto`, twice.
 
@@ -661,7 +661,7 @@ def keep_tokens(rank: int, folder: Path, stop_after: int) -> None:
     after_each_step(keep)
 
 
-@pytest.mark.parametrize("shuffle", [0, 1])
+@pytest.mark.parametrize("shuffle", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_four_ranks_then_two_then_four_read_every_sequence_once_in_order(run_ranks, tiny, tmp_path, shuffle):
     """The signal comes after a step's reduction, so one more step is made: 4 + 3 + 3 steps of 8 sequences."""
     T, total = 16, 8 * 16

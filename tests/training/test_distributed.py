@@ -196,7 +196,8 @@ def without_code_generation(rank: int) -> None:
     torch.compile = lambda model, **options: compile(model, backend="aot_eager", **options)  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize(("zero_stage", "dtype"), [pytest.param(1, "float32", marks=pytest.mark.slow), (3, "bfloat16")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(1, "float32"), (3, "bfloat16")])
 def test_compiled_ranks_train_like_eager_ones(run_ranks, zero_stage, dtype):
     flags = FLAGS | {"num_iterations": 3, "batch_size": 4, "zero_stage": zero_stage, "dtype": dtype}
     eager = run_ranks(2, **flags)

@@ -29,12 +29,15 @@ def test_main_log_has_llmc_lines_and_metrics_are_json(tmp_path):
     ]
 
 
-def test_picture_shows_both_curves_and_is_redrawn(tmp_path):
+def test_picture_shows_both_curves_and_is_redrawn_but_not_all_the_time(tmp_path, monkeypatch):
     log = RunLog(tmp_path, title="a run").open()
     log.validation(0, 10.0)
     first = imread(tmp_path / "loss.png")
     for step in range(20):
         log.train({"step": step + 1, "loss": 9.0 - step / 8})
+    log.validation(19, 6.0)
+    assert (imread(tmp_path / "loss.png") == first).all()  # it is not ten seconds old
+    monkeypatch.setattr("training.log.DRAW_EVERY_S", 0)
     log.validation(20, 5.0)
     second = imread(tmp_path / "loss.png")
     assert first.shape == second.shape == (540, 960, 4)
