@@ -64,6 +64,8 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
         torch.set_float32_matmul_precision("high")
     config = config.resolved(world.device.type, world.size)
     graph.require_one_gpu(config, world)
+    if world.device.type == "cpu":
+        backend.keep_freed_memory()
     table = backend.choose_ops(config, world.device.type)
     backend.require_cache_folder()
     gpt = load(config.model, table)

@@ -1,5 +1,8 @@
 """The backend of a run: its table of ops, and trials of what it needs of this machine before anything is written."""
 
+import ctypes
+import sys
+
 import torch
 
 from common import BadInput
@@ -25,6 +28,16 @@ def choose_ops(config: Config, device_type: str) -> ops.Ops:
             "--flash 0, --backend sdpa or --backend triton,attention=sdpa"
         )
     return table._replace(attention=ops.SDPA.attention)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, for the next step, which allocates the same again. It would return large tensors to
+    the system, and each of their pages comes back with a fault and full of zeros. Elsewhere nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def require_cache_folder() -> None:

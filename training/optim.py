@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -34,10 +35,10 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the next update. For the fused form, on CUDA, it is rounded to fp32: a CUDA graph reads
-    it from memory, where torch's AdamW takes fp32 alone, and must not change a bit."""
+    """Set the learning rate of the next update, rounded to fp32: a CUDA graph reads it from memory, where torch's AdamW
+    takes fp32 alone, and must not change a bit."""
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(lr, dtype=torch.float32).item() if group.get("fused") else lr
+        group["lr"] = torch.tensor(lr, dtype=torch.float32).item()
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -54,10 +55,10 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW (https://arxiv.org/abs/1711.05101), fused on CUDA; at ZeRO stage 1 each rank keeps a shard of its state."""
+    """AdamW (https://arxiv.org/abs/1711.05101), in its fused form; at ZeRO stage 1 each rank keeps a shard of its
+    state."""
     groups = parameter_groups(model, config.weight_decay)
-    on_cuda = groups[0]["params"][0].is_cuda
-    options = {"lr": config.learning_rate, "betas": BETAS, "eps": EPS, "fused": on_cuda}
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": BETAS, "eps": EPS, "fused": True}
     if config.zero_stage == 1:
         return ShardedAdamW(groups, **options)
     return torch.optim.AdamW(groups, **options)

@@ -138,7 +138,7 @@ def test_files_do_not_depend_on_the_stage(run_ranks, tmp_path):
     vocabulary is GPT-2's, so that there are samples.
     """
     write_model(
-        tmp_path / "gpt2_small.bin", GPT(GPTConfig(block_size=32, vocab_size=50257, n_layer=1, n_head=1, n_embd=8))
+        tmp_path / "gpt2_small.bin", GPT(GPTConfig(block_size=32, vocab_size=50257, n_layer=1, n_head=1, n_embd=32))
     )
     flags = FLAGS | {"val_loss_every": 1, "sample_every": 1, "write_tensors": 1, "grad_clip": 0, "num_iterations": 3}
     flags |= {"model": tmp_path / "gpt2_small.bin", "batch_size": 4}
