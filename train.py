@@ -21,14 +21,14 @@ from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
 from evals.tasks import Evaluations
 from model.gpt import GPT
 from model.load import load
-from training import backend, checkpoint, distributed, graph, optim, run_dir
+from training import backend, checkpoint, distributed, graph, memory, optim, run_dir
 from training.check import check
 from training.checkpoint import Checkpoints, TrainState
 from training.config import Config, parse
 from training.distributed import RunStopped, StopRequest, World
 from training.faults import UpdateGuard, Watchdog, compare_ranks
 from training.flops import flops_per_token, peak_flops
-from training.log import RunLog, peak_memory_mib
+from training.log import RunLog, peak_memory_mib, step_line
 from training.step import Batch, Update
 
 SEED = 42
@@ -62,7 +62,7 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
     torch.manual_seed(SEED)  # on every device, the same on every rank
     if config.tensorcores:
         torch.set_float32_matmul_precision("high")
-    config = config.resolved(world.device.type, world.size)
+    config = config.resolved(world.device.type)
     graph.require_one_gpu(config, world)
     if world.device.type == "cpu":
         backend.keep_freed_memory()
@@ -155,6 +155,7 @@ def train(
         distributed.warm_up_ddp(update.model, world, (config.batch_size, config.sequence_length), autocast)
     peak = peak_flops(world.device_name, config.dtype, config.tensorcores)
     step_times = []
+    first_step, began = state.step, time.perf_counter()
 
     for step in range(state.step, config.num_iterations + 1):  # the number of updates done
         last_step = step == config.num_iterations
@@ -168,8 +169,8 @@ def train(
         if is_due(config.sample_every, step, last_step):
             watchdog.at(step, "sample")
             with autocast:
-                text = sample(gpt, world.device)
-            print0(f"sample: {text!r}")
+                text = sample(gpt, world.device, n_tokens=96 if last_step else 32)
+            print0(f"sample: {text if last_step else repr(text)}")
         if last_step:
             break
 
@@ -210,7 +211,8 @@ def train(
             "skipped": state.guard.skipped,
         }
         log.train(metrics)
-        print0(step_line(metrics, config.num_iterations))
+        seconds_per_step = (time.perf_counter() - began) / (state.step - first_step)
+        print0(step_line(metrics, config.num_iterations, seconds_per_step))
         if is_due(config.check_ranks_every, state.step, last_step=False):
             watchdog.at(state.step, "comparing the ranks")
             compare_ranks(world, state.step, state.params, {"the loader's position": train_loader.state_dict()})
@@ -262,10 +264,10 @@ def validate(
     return distributed.mean(total, world).item()
 
 
-def sample(gpt: GPT, device: torch.device) -> str:
-    """32 tokens after end-of-text, at temperature 1 among the 40 likeliest. Every rank takes part."""
+def sample(gpt: GPT, device: torch.device, n_tokens: int) -> str:
+    """Tokens after end-of-text, at temperature 1 among the 40 likeliest. Every rank takes part."""
     start = torch.full((1, 1), END_OF_TEXT, dtype=torch.int64, device=device)
-    ids = gpt.generate(start, max_new_tokens=32, temperature=1.0, top_k=40)
+    ids = gpt.generate(start, max_new_tokens=n_tokens, temperature=1.0, top_k=40)
     return gpt2_encoding().decode(ids[0, 1:].tolist())
 
 
@@ -302,6 +304,8 @@ def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoad
         folder = prepare_pydoc()
         train_pattern = shard_pattern(folder, "train")
         val_pattern = shard_pattern(folder, "val") if val_pattern is None else val_pattern
+    config = dataclasses.replace(config, input_bin=train_pattern, input_val_bin=val_pattern)
+    config = config.with_batch(world.size, lambda: memory.largest_batch(config, world, gpt))
 
     def loader(pattern: str, shuffle_seed: int | None = None) -> ShardLoader:
         return ShardLoader(
@@ -320,7 +324,7 @@ def open_data(config: Config, world: World, gpt: GPT) -> tuple[Config, ShardLoad
     for repeated in (train_loader.repeated(), train_loader.repeated(val_loader) if val_loader else None):
         if repeated:
             print0(f"warning: {repeated}")
-    return dataclasses.replace(config, input_bin=train_pattern, input_val_bin=val_pattern), train_loader, val_loader
+    return config, train_loader, val_loader
 
 
 def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader, resumed: Path | None) -> None:
@@ -339,17 +343,6 @@ def describe(config: Config, world: World, gpt: GPT, loader: ShardLoader, resume
     print0(f"device {world.device_name} | backend {config.backend} | dtype {config.dtype} | torch {torch.__version__}")
     if resumed:
         print0(f"resumed from {resumed}: {checkpoint.step_of(resumed)} of {config.num_iterations} steps are done")
-
-
-def step_line(metrics: dict[str, float | None], num_iterations: int) -> str:
-    """The line on the screen for an update."""
-    norm = "" if metrics["norm"] is None else f" | norm {metrics['norm']:.4f}"
-    mfu = "" if metrics["mfu"] is None else f" | {100 * metrics['mfu']:.1f}% MFU"
-    width = len(str(num_iterations))
-    return (
-        f"step {metrics['step']:>{width}}/{num_iterations} | train loss {metrics['loss']:.6f}{norm}"
-        f" | lr {metrics['lr']:.2e} | {metrics['ms']:.1f} ms | {metrics['tok_per_s']:,.0f} tok/s{mfu}"
-    )
 
 
 if __name__ == "__main__":

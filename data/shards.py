@@ -64,6 +64,11 @@ def open_shard(path: str | Path) -> np.ndarray:
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (n_tokens,))
 
 
+def shard_lengths(pattern: str) -> list[int]:
+    """The number of tokens in each shard that matches a glob. Raises what `find_shards` and `open_shard` raise."""
+    return [len(open_shard(path)) for path in find_shards(pattern)]
+
+
 def shard_pattern(folder: str | Path, kind: str) -> str:
     """A glob for a folder's shards of one kind, "train" or "val", with special characters in the path escaped."""
     pattern = os.path.join(glob.escape(str(folder)), f"{kind}_*.bin")

@@ -34,7 +34,7 @@ def test_parser_takes_it_or_refuses_it(flags):
         return
     for device in ("cpu", "cuda"):
         try:
-            resolved = config.resolved(device, world_size=8)
+            resolved = config.resolved(device).with_batch(8, lambda: 16)
         except BadInput:
             continue
         assert resolved.grad_accum_steps(8) >= 1

@@ -30,7 +30,7 @@ def test_prefetched_batches_are_those_of_the_cpu(tiny):
 
 def test_float32_has_the_losses_of_the_cpu(run_tiny):
     want = run_tiny(num_iterations=10, val_loss_every=5)
-    got = run_tiny(num_iterations=10, val_loss_every=5, device="cuda")
+    got = run_tiny(num_iterations=10, val_loss_every=5, device="cuda", dtype="float32")
     assert got.losses == pytest.approx(want.losses, rel=1e-4)
     assert [line["norm"] for line in got.metrics] == pytest.approx([line["norm"] for line in want.metrics], rel=1e-3)
 

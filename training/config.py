@@ -28,6 +28,7 @@ def flag(
     help: str,
     cpu: Any = None,
     cuda: Any = None,
+    embedded: Any = None,
     least: float = 0,
     most: float | None = None,
     choices: tuple | None = None,
@@ -42,13 +43,14 @@ def flag(
         help: its documentation, a sentence.
         cpu: the default on a CPU and on mps, where it follows the device.
         cuda: the default on an NVIDIA GPU.
+        embedded: the default on the embedded corpus, where `default` is for other shards.
         least: the smallest number allowed.
         most: the largest; None for the largest of its type.
         choices: all values allowed, where those are few.
     """
     metadata = {"group": group, "decides": decides, "help": help, "least": least, "most": most, "choices": choices}
-    by_device = {"cpu": cpu, "mps": cpu, "cuda": cuda}
-    return dataclasses.field(default=default, metadata=metadata | {"by_device": by_device})
+    metadata |= {"by_device": {"cpu": cpu, "mps": cpu, "cuda": cuda}, "elsewhere": default, "embedded": embedded}
+    return dataclasses.field(default=None if embedded is not None else default, metadata=metadata)
 
 
 def switch(group: str, *, decides: bool, help: str) -> Any:
@@ -91,7 +93,7 @@ class Resume(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run. Types are those of a run: before `resolved`, a field may be None.
+    """Everything that decides a run. Types are those of a run: before `resolved` and `with_batch`, a field may be None.
 
     Raises:
         BadInput: a value is impossible whatever the device and the model.
@@ -112,26 +114,27 @@ class Config:
         help="Glob of the training shards (default: the embedded corpus, tokenised on first use).")
     input_val_bin: str | None = flag(None, "data", decides=False,
         help='Glob of the validation shards; "" for none (default: none, or the embedded corpus\'s own).')
-    shuffle: int = switch("data", decides=True,
+    shuffle: int = flag(0, "data", decides=True, embedded=1, choices=(0, 1),
         help="1 reads shards and sequences in an order drawn for each epoch, the same for any number of ranks; 0 in "
         "the order on disk, as llm.c.")
     overfit_single_batch: int = switch("data", decides=True,
         help="1 trains on the first batch over and over, to see the loss fall.")
 
-    batch_size: int = flag(None, "batch", decides=False, cpu=8, cuda=4, least=1,
-        help="Sequences in a micro-batch of one rank, B.")
+    batch_size: int = flag(None, "batch", decides=False, cpu=8, least=1,
+        help="Sequences in a micro-batch of one rank, B (default: 8; on a GPU the largest power of two that takes at "
+        "most 60% of its memory, by the formula in training/memory.py).")
     sequence_length: int = flag(None, "batch", decides=True, cpu=128, cuda=1024, least=1,
         help="Tokens in a sequence, T.")
-    total_batch_size: int = flag(None, "batch", decides=True, cpu=1024, cuda=16384, least=1,
-        help="Tokens per update over all ranks, a multiple of B*T*ranks; rounded up to one if it is not given.")
+    total_batch_size: int = flag(None, "batch", decides=True, least=1,
+        help="Tokens per update over all ranks, a multiple of B*T*ranks (default: B*T*ranks).")
 
     num_iterations: int = flag(200, "optimisation", decides=True,
         help="Number of updates.")
     learning_rate: float = flag(None, "optimisation", decides=True, cpu=2e-3, cuda=6e-4,
         help="Peak learning rate.")
-    warmup_iters: int = flag(0, "optimisation", decides=True,
+    warmup_iters: int = flag(0, "optimisation", decides=True, embedded=10,
         help="Updates over which the learning rate rises linearly.")
-    learning_rate_decay_frac: float = flag(1.0, "optimisation", decides=True,
+    learning_rate_decay_frac: float = flag(1.0, "optimisation", decides=True, embedded=0.1,
         help="Fraction of the learning rate at which the cosine ends; 1 keeps it constant.")
     weight_decay: float = flag(0.0, "optimisation", decides=True,
         help="AdamW's decay of the tensors of two or more dimensions.")
@@ -163,7 +166,8 @@ class Config:
 
     device: str = flag("", "machine", decides=False,
         help="cuda, mps or cpu (default: the first of them that is there).")
-    dtype: str = flag("float32", "machine", decides=True, choices=("float32", "float16", "bfloat16"),
+    dtype: str = flag(None, "machine", decides=True, cpu="float32", cuda="bfloat16",
+        choices=("float32", "float16", "bfloat16"),
         help="Type of the matmuls; below float32, autocast around the forward pass.")
     residual_dtype: str = flag("float32", "machine", decides=True, choices=("float32", "bfloat16"),
         help="Type of the residual stream; bfloat16 halves what LayerNorms move, and needs --dtype bfloat16.")
@@ -227,7 +231,7 @@ class Config:
             raise BadInput('--checkpoint_every has nowhere to write to: give an --output_dir that is not ""')
         if self.checkpoint_every and self.inference_only:
             raise BadInput("--checkpoint_every has nothing to save with --inference_only 1; leave one of them out")
-        if self.residual_dtype != "float32" and self.residual_dtype != self.dtype:
+        if self.residual_dtype != "float32" and self.dtype not in (None, self.residual_dtype):
             raise BadInput(
                 f"--residual_dtype {self.residual_dtype} needs matmuls of the same type, and --dtype is {self.dtype}; "
                 f"give --dtype {self.residual_dtype}, or --residual_dtype float32"
@@ -251,41 +255,60 @@ class Config:
         """What `--resume` asks for."""
         return Resume.parse(self.resume)
 
-    def resolved(self, device_type: str, world_size: int) -> "Config":
-        """Fill in what follows the device, and check the batch against the number of ranks.
+    def resolved(self, device_type: str) -> "Config":
+        """Fill in what follows the device and the corpus.
 
         Args:
             device_type: "cuda", "mps" or "cpu".
-            world_size: number of ranks.
 
         Returns:
-            The same configuration with numbers wherever None stood, except `input_bin`, `input_val_bin`,
-            `sample_every` and `output_dir`, which depend on more than the device.
+            The same configuration with values wherever None stood, except the batch, for which see `with_batch`, and
+            `input_bin`, `input_val_bin`, `sample_every` and `output_dir`, which depend on more.
+
+        Raises:
+            BadInput: values that do not go together on this device.
+        """
+        values: dict[str, Any] = {"backend": default_backend(device_type)}
+        for field in dataclasses.fields(self):
+            value, facts = getattr(self, field.name), field.metadata
+            if value is None:
+                value = facts["by_device"][device_type]
+            if value is None:
+                value = facts["embedded"] if self.input_bin is None else facts["elsewhere"]
+            if value is not None:
+                values[field.name] = value
+        has_validation = bool(self.input_val_bin) or (self.input_bin is None and self.input_val_bin is None)
+        if self.val_loss_every is None:
+            values["val_loss_every"] = 50 if has_validation else 0
+        elif self.val_loss_every and not has_validation:
+            raise BadInput("--val_loss_every needs validation shards: give --input_val_bin, or --val_loss_every 0")
+        return Config(**values)
+
+    def with_batch(self, world_size: int, largest: Callable[[], int]) -> "Config":
+        """Fill in the batch, and check it against the number of ranks.
+
+        Args:
+            world_size: number of ranks.
+            largest: returns the batch_size to take where neither a flag nor the device gives one.
 
         Raises:
             BadInput: total_batch_size is no multiple of B·T·ranks.
         """
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        on_device = {field.name: field.metadata["by_device"][device_type] for field in dataclasses.fields(self)}
-        defaults = {name: value for name, value in on_device.items() if value is not None}
-        values = {"backend": default_backend(device_type)} | defaults | given
-        micro_batch = values["batch_size"] * values["sequence_length"] * world_size
-        below = values["total_batch_size"] // micro_batch * micro_batch
-        if below != values["total_batch_size"]:
-            above = below + micro_batch
-            if "total_batch_size" in given:
-                nearest = f"{below} or {above}" if below else f"{above}"
-                raise BadInput(
-                    f"--total_batch_size {values['total_batch_size']} is no multiple of batch_size * sequence_length * "
-                    f"ranks = {micro_batch}; the nearest that is: {nearest}"
-                )
-            values["total_batch_size"] = above
-        if self.val_loss_every is None:
-            has_validation = bool(self.input_val_bin) or (self.input_bin is None and self.input_val_bin is None)
-            values["val_loss_every"] = 50 if has_validation else 0
-        elif self.val_loss_every and self.input_bin is not None and self.input_val_bin is None:
-            raise BadInput("--val_loss_every needs validation shards: give --input_val_bin, or --val_loss_every 0")
-        return Config(**values)
+        B, total = self.batch_size, self.total_batch_size
+        if B is None:
+            B = largest()
+            while total is not None and B > 1 and total % (B * self.sequence_length * world_size):
+                B //= 2
+        micro_batch = B * self.sequence_length * world_size
+        total = micro_batch if total is None else total
+        below = total // micro_batch * micro_batch
+        if below != total:
+            nearest = f"{below} or {below + micro_batch}" if below else f"{micro_batch}"
+            raise BadInput(
+                f"--total_batch_size {total} is no multiple of batch_size * sequence_length * ranks = {micro_batch}; "
+                f"the nearest that is: {nearest}"
+            )
+        return dataclasses.replace(self, batch_size=B, total_batch_size=total)
 
     def deciding(self) -> dict[str, Any]:
         """The flags that decide what a run computes, whatever it computes on: what a resumed run has to share."""
@@ -356,17 +379,19 @@ def parse(argv: list[str] | None = None) -> Config:
         group = field.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        kind, by_device = _type_of(field), field.metadata["by_device"]
-        told = f" (default: {field.default})"
-        if by_device["cpu"] is not None:
-            told = f" (default: {by_device['cpu']}; on a GPU {by_device['cuda']})"
+        kind, facts = _type_of(field), field.metadata
+        told = f" (default: {facts['elsewhere']})"
+        if facts["embedded"] is not None:
+            told = f" (default: {facts['elsewhere']}; on the embedded corpus {facts['embedded']})"
+        elif facts["by_device"]["cpu"] is not None:
+            told = f" (default: {facts['by_device']['cpu']}; on a GPU {facts['by_device']['cuda']})"
         groups[group].add_argument(
             f"--{field.name}",
             type=_reads(kind),
             default=field.default,
-            choices=field.metadata["choices"],
-            metavar=None if field.metadata["choices"] else kind.__name__.upper(),
-            help=(field.metadata["help"] + ("" if "default" in field.metadata["help"] else told)).replace("%", "%%"),
+            choices=facts["choices"],
+            metavar=None if facts["choices"] else kind.__name__.upper(),
+            help=(facts["help"] + ("" if "default" in facts["help"] else told)).replace("%", "%%"),
         )
     argv = sys.argv[1:] if argv is None else argv
     for word in argv:

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -261,6 +262,19 @@ def _parse_metrics(line: bytes) -> _Line | None:
         return _Line("evals" if "evals" in record else "metrics", record["step"])
     except ValueError:
         return None
+
+
+def step_line(metrics: dict[str, Any], num_iterations: int, seconds_per_step: float) -> str:
+    """The line on the screen for an update. The time that is left follows from that of a step and what comes between
+    steps, on average so far."""
+    left = timedelta(seconds=round(seconds_per_step * (num_iterations - metrics["step"])))
+    norm = "" if metrics["norm"] is None else f" | norm {metrics['norm']:.4f}"
+    mfu = "" if metrics["mfu"] is None else f" | {100 * metrics['mfu']:.1f}% MFU"
+    width = len(str(num_iterations))
+    return (
+        f"step {metrics['step']:>{width}}/{num_iterations} | train loss {metrics['loss']:.6f}{norm}"
+        f" | lr {metrics['lr']:.2e} | {metrics['ms']:.1f} ms | {metrics['tok_per_s']:,.0f} tok/s{mfu} | {left} left"
+    )
 
 
 def _tensorboard_writer() -> type:

@@ -192,5 +192,6 @@ def summarize(path: Path, config: Config, world: World, finished: bool) -> None:
         launcher = "torchrun ..." if world.distributed else "python"
         print0(f"resume: {launcher} train.py {config.command_line(output_dir=str(path), resume='auto')}")
     if not config.inference_only:
+        print0(f"read what it writes:         python -m model.generate {shell_path(path)}")
         print0(f"train from these weights:    python train.py --model {shell_path(path)}")
         print0(f"export to transformers:      python -m model.hf export {shell_path(path)} FOLDER")

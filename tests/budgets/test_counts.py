@@ -11,6 +11,7 @@ from kernels.ops import EAGER
 from model.gpt import PRESETS
 from tests.budgets import capture, step
 from tests.conftest import ROOT
+from training import memory
 
 MOST_LAUNCHES = 490
 """of a step of d12 at 64×1024 under bf16 autocast with our kernels; lower it when a step gets by with less"""
@@ -62,6 +63,15 @@ def test_what_is_alive_fits_80_gb(steps):
     assert large == step.BATCH_SIZE and peak == max(counted.peak_bytes for counted in steps.values())
     assert peak * small / large + fixed < 72e9 < peak * 2 * small / large
     assert steps[OURS].peak_bytes < 40e9
+
+
+def test_memory_is_what_the_default_batch_is_chosen_by(steps):
+    config = PRESETS[step.PRESET]
+    for name, ops in step.backends().items():
+        if name != "sdpa + F.gelu":  # no backend of train.py
+            size = step.BATCH_SIZE, step.SEQUENCE_LENGTH
+            formula = memory.training_bytes(config, ops, *size, "bfloat16")
+            assert formula == pytest.approx(steps[name].peak_bytes, rel=0.04), name
 
 
 def test_the_table_of_readme_is_what_is_counted(steps):

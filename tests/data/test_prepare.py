@@ -345,10 +345,10 @@ def test_flags_for_a_small_corpus_are_such_that_train_on_it(tmp_path, capsys, n_
     config = parse(shlex.split(told.partition("train on them: python train.py ")[2]))
     assert bool(config.input_val_bin) == (n_tokens >= 20)
     for device in ("cpu", "cuda"):
-        chosen = config.resolved(device, 1)
+        chosen = config.resolved(device).with_batch(1, lambda: 1)
         for pattern in filter(None, (config.input_bin, config.input_val_bin)):
             ShardLoader(pattern, chosen.batch_size, chosen.sequence_length).next_batch()
-    assert ("--batch_size" in told) == (n_tokens < 45_000), told
+    assert ("--batch_size" in told) == (n_tokens < 10_000), told
 
 
 def test_corpus_of_one_token(tmp_path, capsys):
@@ -359,7 +359,7 @@ def test_corpus_of_one_token(tmp_path, capsys):
 
 
 def test_default_batches_are_those_of_train():
-    configs = [parse([]).resolved(device, 1) for device in ("cpu", "mps", "cuda")]
+    configs = [parse([]).resolved(device).with_batch(1, lambda: 1) for device in ("cpu", "mps", "cuda")]
     batches = [(config.batch_size, config.sequence_length) for config in configs]
     assert min(batches, key=math.prod) == (prepare.DEFAULT_BATCH, prepare.DEFAULT_LENGTH)
     assert max(map(math.prod, batches)) == prepare.DEFAULT_TOKENS
@@ -372,7 +372,7 @@ def test_clone_in_a_folder_with_brackets(tmp_path, monkeypatch, capsys):
     world = World(0, 0, 1, torch.device("cpu"), False)
 
     def warnings(*flags) -> list[str]:
-        train.open_data(parse([str(flag) for flag in flags]).resolved("cpu", 1), world, gpt)
+        train.open_data(parse([str(flag) for flag in flags]).resolved("cpu"), world, gpt)
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
 
     assert warnings() == []

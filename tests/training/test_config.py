@@ -39,6 +39,7 @@ def test_help_lists_every_flag_in_groups_with_a_sentence(capsys):
     text = " ".join(text.split())
     assert "Tokens in a sequence, T. (default: 128; on a GPU 1024)" in text
     assert "Number of updates. (default: 200)" in text
+    assert "rises linearly. (default: 0; on the embedded corpus 10)" in text
     assert "is refused where attention is a Triton kernel" in text
 
 
@@ -55,25 +56,40 @@ def test_no_flag_is_left_unclassed():
 
 
 @pytest.mark.parametrize(
-    ("device", "model", "B", "T", "total", "steps", "lr"),
+    ("device", "model", "B", "T", "lr", "dtype"),
     [
-        ("cpu", "nano", 8, 128, 1024, 200, 2e-3),
-        ("mps", "nano", 8, 128, 1024, 200, 2e-3),
-        ("cuda", "d12", 4, 1024, 16384, 200, 6e-4),
+        ("cpu", "nano", 8, 128, 2e-3, "float32"),
+        ("mps", "nano", 8, 128, 2e-3, "float32"),
+        ("cuda", "d12", 64, 1024, 6e-4, "bfloat16"),
     ],
 )
-def test_defaults_follow_the_device(device, model, B, T, total, steps, lr):
-    config = parse([]).resolved(device, world_size=1)
+def test_defaults_follow_the_device(device, model, B, T, lr, dtype):
+    config = parse([]).resolved(device).with_batch(2, lambda: 64)
     assert (config.model, config.batch_size, config.sequence_length) == (model, B, T)
-    assert (config.total_batch_size, config.num_iterations, config.learning_rate) == (total, steps, lr)
+    assert (config.total_batch_size, config.learning_rate, config.dtype) == (2 * B * T, lr, dtype)
     assert (config.overfit_single_batch, config.write_tensors, config.zero_stage) == (0, 0, 0)
-    assert (config.dtype, config.grad_clip, config.val_max_steps) == ("float32", 1.0, 20)
+    assert (config.num_iterations, config.grad_clip, config.val_max_steps) == (200, 1.0, 20)
 
 
-def test_default_total_batch_grows_to_a_multiple():
-    assert parse([]).resolved("cuda", world_size=8).total_batch_size == 4 * 1024 * 8
-    assert parse(["--batch_size", "3"]).resolved("cpu", world_size=1).total_batch_size == 3 * 128 * 3
-    assert parse([]).resolved("cuda", world_size=2).grad_accum_steps(2) == 2
+def test_schedule_and_order_follow_the_corpus():
+    embedded, given = (parse(flags).resolved("cpu") for flags in ([], ["--input_bin", "a"]))
+    names = ("shuffle", "warmup_iters", "learning_rate_decay_frac")
+    assert [getattr(embedded, name) for name in names] == [1, 10, 0.1]
+    assert [getattr(given, name) for name in names] == [0, 0, 1.0]  # llm.c's
+    assert parse(["--shuffle", "0"]).resolved("cpu").shuffle == 0
+
+
+def test_a_batch_that_follows_the_memory_divides_the_total():
+    def batch(*flags: str, largest: int = 64) -> tuple[int, int]:
+        config = parse(list(flags)).resolved("cuda").with_batch(2, lambda: largest)
+        return config.batch_size, config.grad_accum_steps(2)
+
+    assert batch("--total_batch_size", str(2**19)) == (64, 4)
+    assert batch("--total_batch_size", str(24 * 2048)) == (8, 3)
+    assert batch("--total_batch_size", "2048") == (1, 1)
+    assert batch("--batch_size", "3") == (3, 1)
+    with pytest.raises(BadInput, match="no multiple"):
+        batch("--total_batch_size", "2000")
 
 
 @pytest.mark.parametrize(
@@ -84,17 +100,23 @@ def test_default_total_batch_grows_to_a_multiple():
 )  # fmt: skip
 def test_total_batch_that_is_no_multiple_names_the_nearest(flags, world_size, nearest):
     with pytest.raises(BadInput, match=f"^--total_batch_size .*nearest that is: {nearest}$"):
-        parse(flags.split()).resolved("cpu", world_size)
+        parse(flags.split()).resolved("cpu").with_batch(world_size, lambda: 1)
 
 
 def test_validation_defaults_to_on_only_where_there_are_shards():
-    assert parse([]).resolved("cpu", 1).val_loss_every == 50
-    assert parse(["--input_bin", "a"]).resolved("cpu", 1).val_loss_every == 0
-    assert parse(["--input_bin", "a", "--input_val_bin", "b"]).resolved("cpu", 1).val_loss_every == 50
-    assert parse(["--input_val_bin", ""]).resolved("cpu", 1).val_loss_every == 0
+    assert parse([]).resolved("cpu").val_loss_every == 50
+    assert parse(["--input_bin", "a"]).resolved("cpu").val_loss_every == 0
+    assert parse(["--input_bin", "a", "--input_val_bin", "b"]).resolved("cpu").val_loss_every == 50
+    assert parse(["--input_val_bin", ""]).resolved("cpu").val_loss_every == 0
     for without in (["--input_bin", "a"], ["--input_val_bin", ""]):
         with pytest.raises(BadInput, match="--val_loss_every needs validation shards"):
-            parse([*without, "--val_loss_every", "5"]).resolved("cpu", 1)
+            parse([*without, "--val_loss_every", "5"]).resolved("cpu")
+
+
+def test_what_does_not_go_together_on_a_device_is_refused():
+    assert parse(["--residual_dtype", "bfloat16"]).resolved("cuda").dtype == "bfloat16"
+    with pytest.raises(BadInput, match="--dtype is float32"):
+        parse(["--residual_dtype", "bfloat16"]).resolved("cpu")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +150,7 @@ def test_validation_defaults_to_on_only_where_there_are_shards():
         ("--checkpoint_every 2 --output_dir=", "--checkpoint_every has nowhere to write to"),
         ("--checkpoint_every 2 --inference_only 1", "--checkpoint_every has nothing to save"),
         (
-            "--residual_dtype bfloat16",
+            "--residual_dtype bfloat16 --dtype float32",
             "--residual_dtype bfloat16 needs matmuls of the same type.*give --dtype bfloat16",
         ),
         ("--cuda_graph 1 --dtype float16", "--cuda_graph 1 does not go with --dtype float16.*give --dtype bfloat16"),

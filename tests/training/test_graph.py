@@ -141,6 +141,7 @@ CONFIG = Config(
     warmup_iters=2,
     learning_rate_decay_frac=0.1,
     grad_clip=0.7,
+    dtype="float32",
     cuda_graph=1,
 )
 

@@ -1,0 +1,49 @@
+"""What a training step needs of a GPU's memory, and so which batch fits."""
+
+import torch
+
+from data.shards import shard_lengths
+from kernels.ops import EAGER, Ops
+from model.gpt import GPT, GPTConfig
+from training.config import Config
+from training.distributed import World
+
+SHARE = 0.6
+"""of a GPU's memory that a default batch may take: CUDA itself, fragments and validation need some too"""
+
+
+def training_bytes(network: GPTConfig, ops: Ops, batch_size: int, sequence_length: int, dtype: str) -> int:
+    """Most bytes alive in a step: weights, gradients and AdamW's moments, and what grows with the tokens.
+
+    The coefficients are fitted to what `python -m tests.budgets` counts of the presets, and are off by at most 4%.
+
+    Args:
+        network: the shape.
+        ops: the backend. Eager GELU, LayerNorm and attention save more, and eager logits are all alive.
+        batch_size: B, sequences in a micro-batch.
+        sequence_length: T, tokens in a sequence.
+        dtype: float32, float16 or bfloat16.
+    """
+    C, L = network.n_embd, network.n_layer
+    per_token = 31 * C + L * 36 * C
+    if ops.gelu is EAGER.gelu:
+        per_token = 12 * network.vocab_size + L * 85 * C
+    if ops.attention is EAGER.attention:
+        per_token += L * 6 * network.n_head * sequence_length
+    width = 2 if dtype == "float32" else 1
+    return 15 * network.num_params() + width * batch_size * sequence_length * per_token
+
+
+def largest_batch(config: Config, world: World, gpt: GPT) -> int:
+    """The batch_size of a GPU where none is given: the largest power of two that takes at most SHARE of its memory, of
+    which each shard holds a batch of all ranks, and the training data eight."""
+    train, val = (shard_lengths(pattern) if pattern else [] for pattern in (config.input_bin, config.input_val_bin))
+    tokens = min(sum(train) // 8, *(length - 1 for length in (*train, *val)))
+    available = SHARE * torch.cuda.get_device_properties(world.device).total_memory
+    B = 1
+    while (
+        2 * B * config.sequence_length * world.size <= tokens
+        and training_bytes(gpt.config, gpt.ops, 2 * B, config.sequence_length, config.dtype) <= available
+    ):
+        B *= 2
+    return B
