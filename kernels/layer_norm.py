@@ -334,9 +334,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, *_):
-    dx, _, dweight, dbias, _ = _layer_norm_backward(dy, None, *ctx.saved_tensors, *ctx.dtypes)
-    given = ctx.saved_tensors[2] is not None, ctx.dtypes[2] is not None
-    return dx, dweight if given[0] else None, dbias if given[1] else None, None, None
+    x, statistics, weight = ctx.saved_tensors  # torch.utils.checkpoint lets it be read once
+    dx, _, dweight, dbias, _ = _layer_norm_backward(dy, None, x, statistics, weight, *ctx.dtypes)
+    return dx, None if weight is None else dweight, None if ctx.dtypes[2] is None else dbias, None, None
 
 
 def _add_save(ctx, inputs, output):

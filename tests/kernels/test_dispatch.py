@@ -8,6 +8,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from kernels import eager
 from kernels.attention import attention, causal_attention
@@ -160,6 +161,17 @@ def test_torch_func_grad_is_right(name):
         lambda *x: total(case.ours)(*x) + 0 * torch.func.grad(total(case.eager))(*x).sum(), len(got) - 1
     )
     torch.testing.assert_close(nested(*case.inputs), want[-1], rtol=1e-4, atol=1e-5)
+
+
+@cases
+def test_checkpointing_gives_the_same_bits(name):
+    """It lets a backward pass read its saved tensors once."""
+    case = CASES[name]
+    leaves = [x.clone().requires_grad_() for x in case.inputs]
+    plain = torch.autograd.grad(total(case.ours)(*leaves), leaves)
+    recomputed = total(lambda *x: checkpoint(case.ours, *x, use_reentrant=False))(*leaves)
+    for one, other in zip(torch.autograd.grad(recomputed, leaves), plain, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in LINEAR])
