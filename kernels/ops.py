@@ -81,9 +81,27 @@ class Ops(NamedTuple):
         after = fused and fused(stream, norm, linear, out, None, recompute, leave_bias)
         return after or sublayer.mlp(self, stream, norm, linear, out, recompute)
 
+    def causal_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """`attention` of separate tensors, for networks that do not pack them.
+
+        Args:
+            q, k, v: (B, H, T, D) each, of any strides.
+
+        Returns:
+            (B, H, T, D).
+        """
+        if self.attention in _SEPARATE:
+            return _SEPARATE[self.attention](q, k, v)
+        B, H, T, D = q.shape
+        qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=2)
+        return self.attention(qkv, H).view(B, T, H, D).transpose(1, 2)
+
 
 _FUSED: dict[tuple[Callable, ...], Callable[..., Stream | None]] = {}
 """half a block as one op, by the ops that it replaces; `triton_ops` fills it, so that nothing else imports triton"""
+
+_SEPARATE: dict[Callable, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {}
+"""attention of separate tensors, by the packed attention that it equals; `triton_ops` fills it too"""
 
 EAGER = Ops(*(getattr(eager, name) for name in Ops._fields))
 SDPA = EAGER._replace(attention=eager.sdpa_attention, decode_attention=eager.sdpa_decode_attention)
@@ -114,6 +132,7 @@ def triton_ops(device_type: str) -> Ops:
     )
     for op in (table.attention, table.gelu):
         _FUSED[table.layer_norm, table.add_layer_norm, op] = fused_sublayer.fused
+    _SEPARATE[table.attention] = attention.causal_attention
     return table
 
 

@@ -1,6 +1,8 @@
 """Causal attention, packed and separate: lengths that no block divides, strides of all sorts, scores far out, the
 blocks of every chip, nothing seen of the future, and bitwise identical results in the end."""
 
+from contextlib import nullcontext
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 
 from kernels import accuracy, attention, eager, launch
 from kernels.attention import causal_attention
-from tests.conftest import needs_interpreter
+from kernels.ops import EAGER
+from tests.conftest import TRITON, needs_interpreter
 from tests.kernels.conftest import DEVICE, DTYPES, assert_no_worse, dtypes, normal
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -198,6 +201,14 @@ def test_separate_tensors_of_any_strides(of):
 def test_separate_and_packed_have_the_same_bits():
     inputs, do = inputs_of(2, 3, 41, 24, dtype=BF16), normal(2, 3, 41, 24, dtype=BF16, seed=9)
     assert_same_bits(results(causal_attention, inputs, do), results(packed, inputs, do))
+
+
+@pytest.mark.parametrize("table", [TRITON, EAGER], ids=["triton", "eager"])
+def test_the_separate_form_of_a_table(table):
+    inputs, do = inputs_of(2, 3, 5, 4), normal(2, 3, 5, 4, seed=9)
+    with mock.patch.object(torch, "cat", side_effect=AssertionError) if table is TRITON else nullcontext():
+        got = results(table.causal_attention, inputs, do)  # the kernels do not pack
+    assert_same_bits(got, results(partial(packed, function=table.attention), inputs, do))
 
 
 PACKED_VIEWS = {
