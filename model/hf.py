@@ -1,4 +1,5 @@
-"""Hugging Face: import of pretrained weights, export with `python -m model.hf export RUN FOLDER`.
+"""Hugging Face: import of pretrained weights, export with `python -m model.hf export RUN FOLDER`, and `use_kernels`,
+which puts a table of ops under a network of transformers.
 
 transformers' GPT-2 has the same names as ours, but stores the weights of its four projections transposed (its Conv1D
 multiplies from the left).
@@ -174,6 +175,48 @@ def export(run: str | Path, folder: str | Path, vocabulary_files: tuple[Path, Pa
     except SafetensorError as error:  # for example when the disk is full
         raise BadInput(f"cannot write {folder}: {error}; free some space or choose another place") from error
     return speaks_gpt2
+
+
+def use_kernels(model: GPT2LMHeadModel, ops: Ops | None = None) -> None:
+    """Run transformers' GPT-2 on this project's ops, in place: attention, LayerNorm, GELU, and in training the loss.
+
+        model = GPT2LMHeadModel.from_pretrained("gpt2", attn_pdrop=0.0)
+        use_kernels(model)  # before a Trainer, DDP or FSDP wraps it
+
+    Parameters, state_dict, hooks, saving, generation and gradient checkpointing stay as they are. A second call
+    replaces the table. `without_kernels` takes all back.
+
+    Loss: in training, a call with labels computes the loss without logits, and the output's logits are None. With
+    logits_to_keep=0 as well, it returns all logits and transformers' own loss, as calls in evaluation do. So does every
+    call if the model has another loss_function, or its head has hooks.
+
+    Attention: transformers' sdpa computes what the kernels cannot, and one warning for each kind of call says so:
+    padding or another mask than the causal one, dropout in training (attn_pdrop, 0.1 by default), cross-attention,
+    scores of another scale, a head_dim above 128, and several queries after a cache. Under torch.compile there are no
+    such warnings, and transformers turns every attention_mask into a mask, also one without padding: pass none.
+
+    Parts that stay as they are, with a warning: attention if attn_implementation is not sdpa, transformers' default;
+    an activation other than tanh-GELU; LayerNorm if layer_norm_epsilon is not 1e-5; modules whose `forward` has been
+    replaced; the loss of a subclass.
+
+    Args:
+        model: the model itself, on any device, not its wrapper.
+        ops: the table; None for the kernels compiled for this machine's GPU.
+
+    Raises:
+        TypeError: it is not a GPT2LMHeadModel.
+        ValueError: no table is given, and there is no GPU.
+    """
+    from model import hf_kernels  # imports transformers
+
+    hf_kernels.install(model, ops)
+
+
+def without_kernels(model: GPT2LMHeadModel) -> None:
+    """Undo `use_kernels`, if it was called: results are bitwise identical to those before it."""
+    from model import hf_kernels
+
+    hf_kernels.remove(model)
 
 
 def _transposed(name: str, tensor: torch.Tensor) -> torch.Tensor:
