@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from bench.tables import table
-from model.decoder import Decoder, store_by_columns
+from model.decoder import Decoder, pack_weights
 from model.gpt import GPT, PRESETS
 from model.hf import to_hf
 
@@ -17,9 +17,9 @@ PROMPT, NEW = 128, 128  # tokens; a pass without a cache is over the mean length
 
 def main(rounds: int) -> int:
     """Time all in turns, and print the best and the median of each. The ids have to be equal."""
-    gpt, times = GPT(PRESETS["d12"]), dict[tuple, list[float]]()
-    theirs = to_hf(gpt)
-    store_by_columns(gpt)
+    gpt, plain, times = GPT(PRESETS["d12"]), GPT(PRESETS["d12"]), dict[tuple, list[float]]()
+    theirs = to_hf(plain)
+    pack_weights(gpt)
 
     def ours(idx: torch.Tensor) -> torch.Tensor:
         decoder = Decoder(gpt, idx, NEW)
@@ -32,7 +32,7 @@ def main(rounds: int) -> int:
     for i in range(2 * rounds):
         B = (1, 8)[i % 2]
         idx = torch.randint(gpt.config.vocab_size, (B, PROMPT), generator=torch.Generator().manual_seed(B))
-        one_pass = partial(torch.no_grad()(gpt), idx.repeat(1, 2)[:, : PROMPT + NEW // 2])
+        one_pass = partial(torch.no_grad()(plain), idx.repeat(1, 2)[:, : PROMPT + NEW // 2])
         transformers = partial(theirs.generate, idx, attention_mask=torch.ones_like(idx), **how)
         made = []
         for name, call in (("ours", partial(ours, idx)), ("transformers", transformers), ("without a cache", one_pass)):

@@ -167,13 +167,30 @@ def capture(function: Callable[[], T], warm_up: int = 1) -> Callable[[], T]:
     return replay
 
 
-def store_by_columns(gpt: Any) -> None:
-    """Store the matrices that widen (c_attn, c_fc, the tied head) by columns: same shapes, same values. For a few rows
-    on a CPU, BLAS reads them faster so: 150 MB for one row in 7.2 ms and not 9.5, one core, MKL on AVX2. Those that
-    narrow are read faster by rows, 7.2 ms and not 10.2."""
-    blocks = gpt.transformer.h
-    for linear in (*(b.attn.c_attn for b in blocks), *(b.mlp.c_fc for b in blocks), gpt.lm_head):
-        linear.weight.data = linear.weight.data.t().contiguous().t()
+class PackedLinear(torch.nn.Module):
+    """An nn.Linear for inference, with its weight in the layout in which oneDNN reads it best. The operators are those
+    that torch.compile generates for frozen weights; they are no public API."""
+
+    def __init__(self, linear: Any):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)"""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def pack_weights(gpt: Any) -> None:
+    """Replace the linear layers of a network in fp32 on a CPU, for inference with a few rows: MKL reads a matrix for
+    eight rows at half the speed. Where torch lacks oneDNN, nothing happens. The head's copy is beside the token
+    embedding, which is not packed."""
+    if not torch.backends.mkldnn.is_available() or gpt.transformer.wte.weight.dtype != torch.float32:
+        return
+    for block in gpt.transformer.h:
+        block.attn.c_attn, block.attn.c_proj = PackedLinear(block.attn.c_attn), PackedLinear(block.attn.c_proj)
+        block.mlp.c_fc, block.mlp.c_proj = PackedLinear(block.mlp.c_fc), PackedLinear(block.mlp.c_proj)
+    gpt.lm_head = PackedLinear(gpt.lm_head)
 
 
 def keep_likeliest(logits: torch.Tensor, top_k: int | None = None, top_p: float = 1.0) -> torch.Tensor:

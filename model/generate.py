@@ -21,7 +21,7 @@ import torch
 from common import BadInput, exit_on_bad_input, exit_on_signal, lenient_streams, print_error
 from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
 from kernels import ops
-from model.decoder import Decoder, keep_likeliest, store_by_columns
+from model.decoder import Decoder, keep_likeliest, pack_weights
 from model.gpt import GPT
 from model.load import load
 from readers import open_regular
@@ -100,7 +100,7 @@ def generate(
     Yields:
         A token per sample, n_tokens times.
     """
-    device = gpt.lm_head.weight.device
+    device = gpt.transformer.wte.weight.device
     lengths, copies = [len(prompt) for prompt in prompts], len(seeds) // len(prompts)
     padded = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], device=device)
     decoder = Decoder(gpt, padded, n_tokens, lengths, copies, graph)
@@ -221,7 +221,7 @@ class Run(NamedTuple):
         args = self.args
         texts = [Text(args.stop) for _ in range(len(prompts) * args.num_samples)]
         seeds = [args.seed + first + i for i in range(len(texts))]
-        on_gpu = self.gpt.lm_head.weight.device.type == "cuda"
+        on_gpu = self.gpt.transformer.wte.weight.device.type == "cuda"
         steps = generate(self.gpt, prompts, args.tokens, self.sampling, seeds, graph=on_gpu)
         for i, tokens in enumerate(steps, 1):
             clock.count(sum(not text.is_done for text in texts))
@@ -399,7 +399,7 @@ def open_model(args: argparse.Namespace) -> GPT:
         )
     gpt = gpt.to(device, getattr(torch, args.dtype))
     if kind == "cpu":
-        store_by_columns(gpt)
+        pack_weights(gpt)
     return gpt
 
 

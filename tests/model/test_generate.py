@@ -24,7 +24,7 @@ from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
 from kernels import accuracy
 from kernels.ops import EAGER, SDPA, Ops
 from model import decoder, generate
-from model.decoder import Decoder, keep_likeliest, store_by_columns
+from model.decoder import Decoder, PackedLinear, keep_likeliest, pack_weights
 from model.generate import Sampling, Text, Token
 from model.gpt import GPT, GPTConfig
 from model.llmc import write_model
@@ -248,13 +248,21 @@ def test_a_step_as_a_cuda_graph(ops):
     assert [[t.id for t in tokens] for tokens in graphed] == [[t.id for t in tokens] for tokens in plain]
 
 
-def test_matrices_by_columns_are_the_same_matrices():
-    gpt, columns = network(), network()
-    store_by_columns(columns)
-    assert columns.lm_head.weight is columns.transformer.wte.weight and columns.lm_head.weight.stride() == (1, 61)
-    for (name, one), other in zip(gpt.named_parameters(), columns.parameters(), strict=True):
-        assert torch.equal(one, other), name
-    assert with_cache(columns, PROMPTS, 9) == with_cache(gpt, PROMPTS, 9)
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_packed_weights_give_the_same_text(monkeypatch):
+    gpt, packed = network(EAGER).cpu(), network(EAGER).cpu()
+    pack_weights(packed)
+    linears = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    assert len(linears) == 4 * gpt.config.n_layer + 1 and not any(
+        isinstance(m, torch.nn.Linear) for m in packed.modules()
+    )
+    idx = torch.tensor([PROMPTS[0]])
+    torch.testing.assert_close(packed(idx)[0], gpt(idx)[0])
+    assert with_cache(packed, PROMPTS, 9) == with_cache(gpt, PROMPTS, 9)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    pack_weights(gpt)
+    pack_weights(network(EAGER).cpu().to(torch.bfloat16))
+    assert not any(isinstance(module, PackedLinear) for module in gpt.modules())
 
 
 # Sampling
