@@ -24,6 +24,7 @@ from bench.results import OURS, Row, commit
 from kernels import accuracy
 from kernels.accuracy import is_float
 from kernels.cost import Cost
+from kernels.ops import FORWARD_ONLY
 from model.decoder import capture
 
 ROUNDS = (10, 100)
@@ -139,7 +140,10 @@ class Benchmark(NamedTuple):
     bare: Callable | None = None
     """with the op's arguments: less than the op, and of its work what nobody can do without"""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
-    has_gradient: bool = True
+
+    @property
+    def has_gradient(self) -> bool:
+        return self.op not in FORWARD_ONLY
 
 
 def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0, std: float = 1.0) -> torch.Tensor:

@@ -118,7 +118,6 @@ BENCHMARKS = (
         kernel=decode.decode_attention,
         baselines=lambda: baselines.of(eager.decode_attention) | {"sdpa": eager.sdpa_decode_attention},
         costs=lambda B, T, H, D, itemsize: (decode.forward_cost(B * T, B, H, D, itemsize), Cost(0, 0)),
-        has_gradient=False,
     ),
     Benchmark(
         op="cross_entropy",

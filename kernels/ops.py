@@ -29,7 +29,7 @@ class Ops(NamedTuple):
     attention: Callable[[torch.Tensor, int], torch.Tensor]
     """(qkv (B, T, 3C), n_head) -> (B, T, C)"""
     decode_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    """(q (B, H, D), k_cache (B, H, T, D), v_cache, lengths (B,)) -> (B, H, D); has no gradient"""
+    """(q (B, H, D), k_cache (B, H, T, D), v_cache, lengths (B,)) -> (B, H, D)"""
     cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     """(logits (..., V), targets (...)) -> ()"""
     linear_cross_entropy: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -96,6 +96,9 @@ class Ops(NamedTuple):
         qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=2)
         return self.attention(qkv, H).view(B, T, H, D).transpose(1, 2)
 
+
+FORWARD_ONLY = frozenset({"decode_attention"})
+"""ops that have no gradient"""
 
 _FUSED: dict[tuple[Callable, ...], Callable[..., Stream | None]] = {}
 """half a block as one op, by the ops that it replaces; `triton_ops` fills it, so that nothing else imports triton"""

@@ -15,15 +15,9 @@ import torch
 
 from common import print0
 from kernels.accuracy import Comparison, Errors, as_list, compare, judge, measure, outputs_and_gradients
-from kernels.ops import EAGER, Ops
+from kernels.ops import EAGER, FORWARD_ONLY, Ops
 from model.gpt import GPT
 
-# Arguments of ops that have the batch as a dimension, and are sliced; the others are weights, whose gradients are sums
-# over the batch.
-_BATCHED = {"idx", "x", "residual", "branch", "qkv", "logits", "hidden", "targets"}
-_BATCHED |= {"q", "k_cache", "v_cache", "lengths"}
-_FORWARD_ONLY = {"decode_attention"}
-"""ops that have no gradient"""
 _SLICE_BYTES = 2**28
 """of the largest float64 matrix: eager and the truth are computed and compared a few sequences at a time, because they
 hold a (T, T) matrix per head, and all logits"""
@@ -85,7 +79,7 @@ def _compare_ops(
             outputs = _in_slices(reference, named, n_slice)
             name = f"{op} {counts[op]}"
             counts[op] += 1
-            forward_only = op in _FORWARD_ONLY
+            forward_only = op in FORWARD_ONLY
             report(name, _compare_call(reference, getattr(gpt.ops, op), named, outputs, n_slice, dtype, forward_only))
             return outputs if len(outputs) > 1 else outputs[0]
 
@@ -121,7 +115,8 @@ def _compare_call(
         for out in outputs
         if not forward_only
     ]
-    along_batch = {f"d{name}" for name in inputs if name in _BATCHED}
+    batched = _batched(inputs)
+    along_batch = {f"d{name}" for name in batched}
     along_batch |= {f"out{i}" for i, out in enumerate(outputs) if out.dim()}
     errors: dict[str, Errors] = {}
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -144,9 +139,9 @@ def _compare_call(
                     eager_sum, exact_sum = sums.get(name, (0.0, 0.0))
                     sums[name] = eager_sum + weight * by_eager[name], exact_sum + weight * truth[name]
     errors |= {name: measure(by_kernel[name], *both) for name, both in sums.items()}
-    first = next(value for name, value in inputs.items() if name in _BATCHED)
+    first = next(iter(batched.values()))
     n_rows = first.shape[0] * first.shape[1]
-    n_summed = {f"d{name}": n_rows for name in inputs if name not in _BATCHED}
+    n_summed = {f"d{name}": n_rows for name in inputs if name not in batched}
     return [
         judge(name, errors[name], by_kernel[name].dtype, n_summed.get(name, 1))
         if name in by_kernel
@@ -167,12 +162,20 @@ def _in_slices(reference: Callable, inputs: dict[str, Any], n_slice: int) -> lis
     ]
 
 
+def _batched(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The arguments whose first dimension is the batch: all tensors but the network's parameters, whose gradients are
+    sums over the batch."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in tensors.items() if not isinstance(value, torch.nn.Parameter)}
+
+
 def _slices(inputs: dict[str, Any], n_slice: int) -> Iterator[tuple[slice, dict[str, Any], float]]:
     """A call's inputs, a few sequences at a time: (rows of the batch, the inputs, their share of a mean)."""
-    B = next(len(value) for name, value in inputs.items() if name in _BATCHED)
+    batched = _batched(inputs)
+    B = len(next(iter(batched.values())))
     for start in range(0, B, n_slice):
         rows = slice(start, start + n_slice)
-        part = {name: value[rows] if name in _BATCHED else value for name, value in inputs.items()}
+        part = inputs | {name: value[rows] for name, value in batched.items()}
         yield rows, part, min(n_slice, B - start) / B
 
 

@@ -5,7 +5,7 @@ import torch
 
 import train
 from kernels import ops, sublayer
-from kernels.ops import EAGER, Ops
+from kernels.ops import EAGER, FORWARD_ONLY, Ops
 from model.gpt import GPT
 from tests.conftest import DEVICE, TINY, TRITON, command_line
 from training.check import check
@@ -50,7 +50,7 @@ def report_of(capsys):
 
 @pytest.mark.parametrize(
     ("op", "forward"),
-    [(op, forward) for op in Ops._fields for forward in (True, False) if forward or op != "decode_attention"],
+    [(op, forward) for op in Ops._fields for forward in (True, False) if forward or op not in FORWARD_ONLY],
     ids=lambda value: value if isinstance(value, str) else "forward" if value else "backward",
 )
 def test_one_wrong_op_is_named(report_of, op, forward):
