@@ -17,9 +17,12 @@ import torch
 
 from bench import machine_code
 from bench.chips import CHIPS, Chip, occupancy
+from bench.harness import Benchmark
 from bench.machine_code import MachineCode
+from bench.ops import BENCHMARKS
 from bench.tables import table
 from kernels import launch
+from kernels.accuracy import as_list, is_float
 from kernels.ops import Ops
 from model.gpt import PRESETS
 from tests.budgets import capture, step
@@ -52,15 +55,30 @@ class Resources(NamedTuple):
 
 def launches(preset: str, capability: int) -> list[capture.Launch]:
     """What a training step launches, with two layers: all are alike, save that the first has no addition before it.
-    And what the head that returns logits, a GELU by itself and a step of generation launch."""
+    And what the head that returns logits launches, and kernels that only other calls of ops do."""
     config = dataclasses.replace(PRESETS[preset], n_layer=2)
     ops = capture.our_ops()
     noted = step.trace_step(config, ops, capability=capability).launches
     with capture.trace(capability) as tracing:
         logits = torch.empty(64 * 1024, config.vocab_size, dtype=torch.bfloat16, requires_grad=True)
         ops.cross_entropy(logits, torch.empty(64 * 1024, dtype=torch.int64)).backward()
-        ops.gelu(torch.empty(64 * 1024, 4 * config.n_embd, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
-    return noted + tracing.launches + decode(ops, capability, config.n_head, config.n_embd // config.n_head)
+    noted += tracing.launches
+    for benchmark in BENCHMARKS:
+        known = {call.name for call in noted}
+        noted += [call for call in by_itself(benchmark, capability) if call.name not in known]
+    return noted
+
+
+def by_itself(benchmark: Benchmark, capability: int) -> list[capture.Launch]:
+    """What an op launches in bf16 at the first shape of its benchmark, forward and backward."""
+    with capture.trace(capability) as tracing:
+        device, sizes = torch.device("cpu"), benchmark.shapes[0].sizes
+        inputs = list(benchmark.inputs(dtype=torch.bfloat16, device=device, **sizes).values())
+        leaves = [value.requires_grad_(benchmark.has_gradient) for value in inputs if is_float(value)]
+        outs = as_list(benchmark.kernel(*inputs))
+        if benchmark.has_gradient:
+            torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs])
+    return tracing.launches
 
 
 def decode(
