@@ -124,7 +124,7 @@ class Benchmark(NamedTuple):
 
     op: str
     shapes: tuple[Shape, ...]
-    inputs: Callable[..., dict[str, torch.Tensor | int]]
+    inputs: Callable[..., dict[str, torch.Tensor | float]]
     """(dtype, device, **sizes) -> the arguments of the op by name"""
     reference: Callable
     kernel: Callable

@@ -114,7 +114,7 @@ def as_list(output: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]
 
 def outputs_and_gradients(
     function: Callable[..., torch.Tensor | Sequence[torch.Tensor]],
-    inputs: Mapping[str, torch.Tensor | int],
+    inputs: Mapping[str, torch.Tensor | float],
     gradients: Sequence[torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Call a function forward and backward.
@@ -143,7 +143,7 @@ def outputs_and_gradients(
 def compare_op(
     kernel: Callable,
     eager: Callable,
-    inputs: Mapping[str, torch.Tensor | int],
+    inputs: Mapping[str, torch.Tensor | float],
     gradients: Sequence[torch.Tensor],
     n_summed: Mapping[str, int] | None = None,
 ) -> list[Comparison]:
@@ -176,5 +176,5 @@ def is_float(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _on_cpu(value: torch.Tensor | int) -> torch.Tensor | int:
+def _on_cpu(value: torch.Tensor | float) -> torch.Tensor | float:
     return value.cpu() if isinstance(value, torch.Tensor) else value
