@@ -16,6 +16,7 @@ from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.embedding import embedding
 from kernels.gelu import gelu
 from kernels.layer_norm import add_layer_norm, layer_norm
+from kernels.ops import FORWARD_ONLY, Ops
 from tests.kernels.conftest import DEVICE, normal
 
 TARGETS = torch.tensor([1, 0, 4], device=DEVICE)
@@ -75,6 +76,10 @@ LINEAR = {"embedding"}
 """second derivatives are zero, and of its backward pass nobody can tell whether they were meant"""
 cases = pytest.mark.parametrize("name", CASES)
 FORWARD_MODE = r"jvp|forward mode"
+
+
+def test_every_op_with_a_gradient_is_here():
+    assert set(Ops._fields) - FORWARD_ONLY <= set(CASES)
 
 
 def total(function):

@@ -134,6 +134,10 @@ CASES = {
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+def test_every_op_has_a_formula():
+    assert set(Ops._fields) <= set(CASES)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 @cases
 def test_values(case, dtype):
