@@ -1,7 +1,8 @@
-"""Flags: defaults, help, and what is refused before anything is touched."""
+"""Flags: defaults, help, and what is refused before anything is touched. And the version, which three files state."""
 
 import dataclasses
 import re
+import tomllib
 
 import pytest
 
@@ -23,6 +24,13 @@ def test_every_flag_is_there_and_in_readmes_table():
     rows = re.findall(r"^\| (\w+) \| (`--.*`) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     in_readme = {name: group for group, names in rows for name in re.findall(r"`--(\w+)`", names)}
     assert in_readme == FLAGS
+
+
+def test_version_is_the_same_in_every_file():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    for file, line in (("CITATION.cff", r"^version: (\S+)$"), ("CHANGELOG.md", r"^## \[(\S+)\]")):
+        found = re.findall(line, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+        assert found[:1] == [version], file  # the newest stands first
 
 
 def test_help_lists_every_flag_in_groups_with_a_sentence(capsys):
