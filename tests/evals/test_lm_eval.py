@@ -23,7 +23,7 @@ from model.gpt import GPT, GPTConfig
 from tests.evals import made
 from tests.evals.conftest import known_passages, results_of
 
-lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness, see README")
+lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness, see CONTRIBUTING.md")
 
 pytestmark = pytest.mark.slow
 
