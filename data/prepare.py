@@ -60,7 +60,7 @@ TASKS_PER_WORKER = 4
 STATE = "state.json"
 """progress of an interrupted preparation; see `_Progress`"""
 DEFAULT_BATCH, DEFAULT_LENGTH, DEFAULT_TOKENS = 8, 128, 1024
-"""B and T of train.py's defaults on a CPU, and the largest B·T of its defaults, on a GPU"""
+"""B and T of train.py's defaults on a CPU; and the tokens of its smallest default batch, there and on a GPU"""
 
 
 class Document(NamedTuple):

@@ -3,7 +3,7 @@
 #
 #   NODES=2 RENDEZVOUS=first-node:29400 RUN=gpt2 scripts/torchrun.sh --model d12 --zero_stage 1 ...
 #
-# A rank that fails, or a node that leaves, starts all ranks again from the newest whole checkpoint. Whoever reaches the
+# A rank that fails, or a node that leaves, starts all ranks again from the newest intact checkpoint. Whoever reaches the
 # ports of the ranks can run code as you: the nodes belong into a private network (docs/security.md).
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."

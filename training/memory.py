@@ -1,5 +1,7 @@
 """What a training step needs of a GPU's memory, and so which batch fits."""
 
+from collections.abc import Callable
+
 import torch
 
 from data.shards import shard_lengths
@@ -40,10 +42,17 @@ def largest_batch(config: Config, world: World, gpt: GPT) -> int:
     train, val = (shard_lengths(pattern) if pattern else [] for pattern in (config.input_bin, config.input_val_bin))
     tokens = min(sum(train) // 8, *(length - 1 for length in (*train, *val)))
     available = SHARE * torch.cuda.get_device_properties(world.device).total_memory
+    T = config.sequence_length
+
+    def fits(B: int) -> bool:
+        return B * T * world.size <= tokens and training_bytes(gpt.config, gpt.ops, B, T, config.dtype) <= available
+
+    return largest_power(fits)
+
+
+def largest_power(fits: Callable[[int], bool]) -> int:
+    """The largest power of two that fits, as all smaller ones do; 1 if none does."""
     B = 1
-    while (
-        2 * B * config.sequence_length * world.size <= tokens
-        and training_bytes(gpt.config, gpt.ops, 2 * B, config.sequence_length, config.dtype) <= available
-    ):
+    while fits(2 * B):
         B *= 2
     return B

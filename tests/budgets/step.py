@@ -12,7 +12,7 @@ from bench.variants import BACKENDS, PARTS, part_of
 from kernels.ops import Ops
 from model.gpt import GPT, PRESETS, GPTConfig
 from tests.budgets import capture
-from training import optim
+from training import memory, optim
 from training.config import Config
 from training.step import autocast_to, training_step
 
@@ -27,7 +27,11 @@ def backends() -> dict[str, Ops]:
 
 
 def trace_step(
-    config: GPTConfig, ops: Ops, capability: int = 90, residual_dtype: torch.dtype | None = None
+    config: GPTConfig,
+    ops: Ops,
+    capability: int = 90,
+    residual_dtype: torch.dtype | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> capture.Trace:
     """Trace the second training step of a network; the first makes the optimizer's state."""
     gpt = GPT(config, ops, init=False)
@@ -35,7 +39,7 @@ def trace_step(
     with capture.trace(capability) as tracing:
         capture.fake_parameters(gpt)
         optimizer = optim.build(gpt, Config(learning_rate=1e-4, weight_decay=0.1))
-        x, y = (torch.empty(BATCH_SIZE, SEQUENCE_LENGTH, dtype=torch.int64) for _ in range(2))
+        x, y = (torch.empty(batch_size, SEQUENCE_LENGTH, dtype=torch.int64) for _ in range(2))
         for _ in range(2):
             tracing.restart()
             training_step(gpt, optimizer, [(x, y)], autocast_to(torch.bfloat16, x.device))
@@ -162,6 +166,36 @@ def summary(steps: dict[str, Counted], markdown: bool = False) -> str:
         outside, alive = (n_bytes / 1e9 for n_bytes in (step.bytes_outside_matmuls, step.peak_bytes))
         rows.append((name, sum(step.launches.values()), outside, elements, head_peak(ops), alive))
     return table(HEADER, rows, markdown)
+
+
+BATCH_SIZES = (1, 8, 64)
+GPUS = (16, 24, 80)
+"""GB of memory"""
+
+
+def count_memory(preset: str) -> list[float]:
+    """Most GB alive in a step of a preset with our kernels, by BATCH_SIZES."""
+    traces = [trace_step(PRESETS[preset], capture.our_ops(), batch_size=B) for B in BATCH_SIZES]
+    return [tracing.peak_bytes / 1e9 for tracing in traces]
+
+
+def memory_table(counted: dict[str, list[float]]) -> str:
+    """The table of README with what `count_memory` returns by preset, and default batches."""
+    ops = capture.our_ops()
+
+    def default_batch(config: GPTConfig, gigabytes: int) -> int:
+        available = memory.SHARE * gigabytes * 1e9
+        return memory.largest_power(
+            lambda B: memory.training_bytes(config, ops, B, SEQUENCE_LENGTH, "bfloat16") <= available
+        )
+
+    rows = []
+    for preset, gigabytes in counted.items():
+        config = PRESETS[preset]
+        batches = (default_batch(config, available) for available in GPUS)
+        rows.append((preset, f"{config.num_params() / 1e6:,.0f}M", *gigabytes, *batches))
+    header = ["model", "parameters", *(f"{B} × 1024" for B in BATCH_SIZES), *(f"default batch, {n} GB" for n in GPUS)]
+    return table(header, rows, markdown=True)
 
 
 def saved_table() -> str:

@@ -74,6 +74,26 @@ def test_memory_is_what_the_default_batch_is_chosen_by(steps):
             assert formula == pytest.approx(steps[name].peak_bytes, rel=0.04), name
 
 
+def test_memory_in_readme_is_what_is_counted(steps):
+    """d12 at the largest batch is counted here, all other cells by the formula, which is tested above."""
+    readme = (ROOT / "README.md").read_text()
+    lines = (
+        readme.partition("<!-- written by python -m tests.budgets memory: begin -->")[2].split("\n\n")[1].splitlines()
+    )
+    counted = {}
+    for line in lines[2:]:
+        preset, _, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        counted[preset] = [float(cell) for cell in cells[: len(step.BATCH_SIZES)]]
+    assert "\n".join(lines) == step.memory_table(counted)
+    for preset, gigabytes in counted.items():
+        formula = [
+            memory.training_bytes(PRESETS[preset], capture.our_ops(), B, step.SEQUENCE_LENGTH, "bfloat16") / 1e9
+            for B in step.BATCH_SIZES
+        ]
+        assert gigabytes == pytest.approx(formula, rel=0.05)
+    assert counted[step.PRESET][-1] == pytest.approx(steps[OURS].peak_bytes / 1e9, rel=0.01)
+
+
 def test_the_table_of_readme_is_what_is_counted(steps):
     table = step.summary(steps, markdown=True)
     print(f"\n{step.TITLE}\n{table}")
