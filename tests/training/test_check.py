@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train
-from kernels import ops, sublayer
+from kernels import column_sums, ops, sublayer
 from kernels.ops import EAGER, FORWARD_ONLY, Ops
 from model.gpt import GPT
 from tests.conftest import DEVICE, TINY, TRITON, command_line
@@ -98,6 +98,20 @@ def test_a_gradient_that_is_missing_is_named(report_of):
 
     right, lines = report_of(EAGER._replace(layer_norm=forgets))
     assert not right and "the first: layer_norm 0 (dweight)" in lines[-1]
+
+
+def test_a_broken_bias_gradient_inside_half_a_block_is_named(report_of, monkeypatch):
+    """No op has it by itself: kernels leave column sums behind, and half a block adds them up."""
+    add_up = column_sums.add_up
+
+    def wrong(sums: torch.Tensor, out: torch.Tensor) -> None:
+        add_up(sums, out)
+        out *= 1.01
+
+    monkeypatch.setattr(column_sums, "add_up", wrong)
+    right, lines = report_of(TRITON)
+    off = [line.split()[0] for line in lines if "OFF" in line]
+    assert not right and off == [f"h.{layer}.{part}.bias" for layer in (0, 1) for part in ("attn.c_attn", "mlp.c_fc")]
 
 
 def test_an_optional_argument_is_checked_where_it_is_given(report_of, monkeypatch):
