@@ -122,7 +122,7 @@ class Config:
 
     batch_size: int = flag(None, "batch", decides=False, cpu=8, least=1,
         help="Sequences in a micro-batch of one rank, B (default: 8; on a GPU the largest power of two that takes at "
-        "most 60% of its memory, by the formula in training/memory.py).")
+        "most 60% of its memory, by the formula in training/memory.py, and of which the data holds eight).")
     sequence_length: int = flag(None, "batch", decides=True, cpu=128, cuda=1024, least=1,
         help="Tokens in a sequence, T.")
     total_batch_size: int = flag(None, "batch", decides=True, least=1,

@@ -1,12 +1,11 @@
 """What a training step needs of a GPU's memory, and so which batch fits."""
 
-from collections.abc import Callable
-
 import torch
 
 from data.shards import shard_lengths
 from kernels.ops import EAGER, Ops
 from model.gpt import GPT, GPTConfig
+from training import distributed
 from training.config import Config
 from training.distributed import World
 
@@ -21,7 +20,7 @@ def training_bytes(network: GPTConfig, ops: Ops, batch_size: int, sequence_lengt
 
     Args:
         network: the shape.
-        ops: the backend. Eager GELU, LayerNorm and attention save more, and eager logits are all alive.
+        ops: the backend. Eager ops save more, and eager logits are all alive.
         batch_size: B, sequences in a micro-batch.
         sequence_length: T, tokens in a sequence.
         dtype: float32, float16 or bfloat16.
@@ -36,23 +35,20 @@ def training_bytes(network: GPTConfig, ops: Ops, batch_size: int, sequence_lengt
     return 15 * network.num_params() + width * batch_size * sequence_length * per_token
 
 
-def largest_batch(config: Config, world: World, gpt: GPT) -> int:
-    """The batch_size of a GPU where none is given: the largest power of two that takes at most SHARE of its memory, of
-    which each shard holds a batch of all ranks, and the training data eight."""
-    train, val = (shard_lengths(pattern) if pattern else [] for pattern in (config.input_bin, config.input_val_bin))
-    tokens = min(sum(train) // 8, *(length - 1 for length in (*train, *val)))
-    available = SHARE * torch.cuda.get_device_properties(world.device).total_memory
-    T = config.sequence_length
-
-    def fits(B: int) -> bool:
-        return B * T * world.size <= tokens and training_bytes(gpt.config, gpt.ops, B, T, config.dtype) <= available
-
-    return largest_power(fits)
-
-
-def largest_power(fits: Callable[[int], bool]) -> int:
-    """The largest power of two that fits, as all smaller ones do; 1 if none does."""
+def batch_in_memory(network: GPTConfig, ops: Ops, sequence_length: int, dtype: str, available: float) -> int:
+    """The largest power of two of sequences that takes at most SHARE of the `available` bytes; 1 if none does."""
     B = 1
-    while fits(2 * B):
+    while training_bytes(network, ops, 2 * B, sequence_length, dtype) <= SHARE * available:
         B *= 2
     return B
+
+
+def largest_batch(config: Config, world: World, gpt: GPT) -> int:
+    """The batch_size of a GPU where none is given: a power of two that fits its memory, of which each shard holds a
+    batch of all ranks, and the training data eight. The same on every rank, also where GPUs differ."""
+    train, val = (shard_lengths(pattern) if pattern else [] for pattern in (config.input_bin, config.input_val_bin))
+    tokens = min(sum(train) // 8, *(length - 1 for length in (*train, *val)))
+    by_data = max(1, tokens // (config.sequence_length * world.size))
+    available = torch.cuda.get_device_properties(world.device).total_memory
+    by_memory = batch_in_memory(gpt.config, gpt.ops, config.sequence_length, config.dtype, available)
+    return min(1 << by_data.bit_length() - 1, *distributed.gather(world, by_memory))

@@ -1,5 +1,5 @@
 """`python -m tests.budgets` prints all that is counted without a GPU, and writes a table of README; `python -m
-tests.budgets memory` writes README's table of memory by model and batch, in about five minutes."""
+tests.budgets memory` writes README's table of memory by model and batch, in about a minute."""
 
 import argparse
 

@@ -182,17 +182,10 @@ def count_memory(preset: str) -> list[float]:
 def memory_table(counted: dict[str, list[float]]) -> str:
     """The table of README with what `count_memory` returns by preset, and default batches."""
     ops = capture.our_ops()
-
-    def default_batch(config: GPTConfig, gigabytes: int) -> int:
-        available = memory.SHARE * gigabytes * 1e9
-        return memory.largest_power(
-            lambda B: memory.training_bytes(config, ops, B, SEQUENCE_LENGTH, "bfloat16") <= available
-        )
-
     rows = []
     for preset, gigabytes in counted.items():
         config = PRESETS[preset]
-        batches = (default_batch(config, available) for available in GPUS)
+        batches = (memory.batch_in_memory(config, ops, SEQUENCE_LENGTH, "bfloat16", n * 1e9) for n in GPUS)
         rows.append((preset, f"{config.num_params() / 1e6:,.0f}M", *gigabytes, *batches))
     header = ["model", "parameters", *(f"{B} × 1024" for B in BATCH_SIZES), *(f"default batch, {n} GB" for n in GPUS)]
     return table(header, rows, markdown=True)

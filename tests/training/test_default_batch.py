@@ -1,5 +1,6 @@
 """The batch that a GPU gets where no flag gives one."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from data.shards import write_shard
 from kernels.ops import EAGER, Ops
 from model.gpt import PRESETS
 from tests.conftest import TRITON
-from training import memory
+from training import distributed, memory
 from training.config import Config, parse
 from training.distributed import World
 
@@ -79,9 +80,14 @@ def test_batch_follows_the_data(batch_on, flags, tmp_path):
     assert batch_on(80, config) == 4
     config = parse([*flags, "--input_val_bin", str(tmp_path / "val.bin")]).resolved("cuda")
     assert batch_on(80, config) == 2
-    assert batch_on(80, config, world=World(0, 0, 2, torch.device("cuda", 0), True)) == 1
+    assert batch_on(80, config, world=dataclasses.replace(ON_GPU, size=2)) == 1
     config = parse([*flags, "--input_val_bin", str(tmp_path / "smallest.bin")]).resolved("cuda")
     assert batch_on(80, config) == 1  # the loader then says what is wrong
+
+
+def test_ranks_take_the_batch_of_the_smallest_gpu(batch_on, flags, monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda world, batch: [batch, 16])
+    assert batch_on(80, parse(flags).resolved("cuda")) == 16
 
 
 def test_the_first_command_on_a_gpu(gpu_of, monkeypatch):
