@@ -103,7 +103,7 @@ def read(specialised: Specialised) -> MachineCode:
         spills,
         compiled.metadata.shared,
         32 * compiled.metadata.num_warps,
-        _widest(ptx, "ld", copies=True),
+        _widest(ptx, "ld"),
         _widest(ptx, "st"),
         mma.partition(".")[0],
         "tt.dot" in compiled.asm["ttir"],
@@ -123,11 +123,11 @@ def _output_of(program: str, *args: str) -> str:
     return subprocess.run([BINARIES / program, *args], capture_output=True, text=True, check=True).stdout
 
 
-def _widest(ptx: str, kind: str, copies: bool = False) -> int:
-    """In bits, of one thread's accesses to global memory: "ld" those that read, with or without the asynchronous copies
-    to shared memory, "st" those that write. ptxas keeps their widths."""
+def _widest(ptx: str, kind: str) -> int:
+    """In bits, of one thread's accesses to global memory: "ld" those that read, also asynchronous copies to shared
+    memory, "st" those that write. ptxas keeps their widths."""
     found = re.findall(rf"\b{kind}\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
     widths = [int(vector or 1) * int(bits) for vector, bits in found]
-    if copies:
+    if kind == "ld":
         widths += [8 * int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global.*\], (\w+)", ptx)]
     return max(widths, default=0)

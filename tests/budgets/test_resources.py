@@ -112,7 +112,7 @@ def test_widths_are_read_off_the_code():
         ("ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r5 ];\nst.global.b16 [ %rd1 + 0 ], { %rs1 };", 0, 16),
         ("@%p1 st.global.v4.b32 [ %rd1 + 0 ], { %r1, %r2, %r3, %r4 };", 0, 128),
     ):
-        found = machine_code._widest(ptx, "ld", copies=True), machine_code._widest(ptx, "st")
+        found = machine_code._widest(ptx, "ld"), machine_code._widest(ptx, "st")
         assert found == (load_bits, store_bits), ptx
 
 
