@@ -31,10 +31,9 @@ import triton.language as tl
 
 from kernels import column_sums, launch
 from kernels.cost import Cost
-from kernels.dispatch import PLAIN, autocast_dtype, check, register
+from kernels.dispatch import MAX_HEAD_DIM, PLAIN, autocast_dtype, check, register
 from kernels.tiles import LOG2_E, dot, load, load_row, operand, pointers, store
 
-MAX_HEAD_DIM = 128
 GROUP_BYTES = 32 * 2**20
 """most bytes of the keys and values of a group of heads: they should stay in L2, which has 40 MB on an A100"""
 

@@ -23,9 +23,8 @@ import triton.language as tl
 
 from kernels import launch
 from kernels.cost import Cost
-from kernels.dispatch import autocast_dtype, check, register
+from kernels.dispatch import MAX_HEAD_DIM, autocast_dtype, check, register
 
-MAX_HEAD_DIM = 128
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -15,6 +15,8 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 """types of tensors with memory: not fake tensors, nor other subclasses"""
 _KINDS = frozenset({*PLAIN, int, float, bool, torch.dtype, type(None)})
 """types of arguments for which the direct call is safe"""
+MAX_HEAD_DIM = 128
+"""of attention"""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 transformed = torch._C._are_functorch_transforms_active

@@ -30,6 +30,7 @@ from common import (
     refuse_if_occupied,
     write_errors,
 )
+from kernels.eager import LAYER_NORM_EPS
 from kernels.ops import EAGER, Ops
 from model import llmc
 from model.gpt import GPT, GPTConfig
@@ -48,7 +49,7 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks in older checkpoi
 # Fields of transformers' GPT2Config with the values of our network; others would be another network.
 _FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
+    "layer_norm_epsilon": (LAYER_NORM_EPS,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),

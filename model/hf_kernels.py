@@ -21,16 +21,15 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.utils import logging
 
+from kernels.dispatch import MAX_HEAD_DIM
+from kernels.eager import IGNORE_INDEX, LAYER_NORM_EPS
 from kernels.ops import Ops, triton_ops
 from model.hooks import hooked
 
 IMPLEMENTATION = "tritongpt"
 """name in transformers' registry of attention"""
-MAX_HEAD_DIM = 128
-"""of the attention kernels"""
-LAYER_NORM_EPS = 1e-5
-THEIR_IGNORE_INDEX, OUR_IGNORE_INDEX = -100, -1
-"""labels that are not counted"""
+THEIR_IGNORE_INDEX = -100
+"""transformers' label that is not counted"""
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below theirs, so that their verbosity counts
 
@@ -226,8 +225,8 @@ def _shifted_loss(
     labels = F.pad(labels, (0, 1), value=THEIR_IGNORE_INDEX)[..., 1:].to(hidden.device)
     counted = labels != THEIR_IGNORE_INDEX
     # Their label of −1 is out of range, and has to stay so.
-    targets = labels.masked_fill(labels == OUR_IGNORE_INDEX, THEIR_IGNORE_INDEX)
-    mean = ops.linear_cross_entropy(hidden, weight, targets.masked_fill(~counted, OUR_IGNORE_INDEX))
+    targets = labels.masked_fill(labels == IGNORE_INDEX, THEIR_IGNORE_INDEX)
+    mean = ops.linear_cross_entropy(hidden, weight, targets.masked_fill(~counted, IGNORE_INDEX))
     if n_items is None:
         return mean
     n_counted = counted.sum()

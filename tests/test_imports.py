@@ -8,12 +8,13 @@ import pytest
 
 from tests.conftest import ROOT
 
+WITHOUT_TRITON = ("kernels.ops", "kernels.sublayer", "kernels.eager", "kernels.dispatch")
 ALLOWED = {  # what the files of a folder may import of ours; of kernels the model needs only what does without triton
     "common": (),
     "readers": ("common",),
     "kernels": ("kernels",),
     "data": ("data", "common", "readers"),
-    "model": ("model", "kernels.ops", "kernels.sublayer", "data.tokenizer", "common", "readers"),
+    "model": ("model", *WITHOUT_TRITON, "data.tokenizer", "common", "readers"),
     # Of training, evals need only how ranks start and agree, and which backend is the default.
     "evals": ("evals", "training.distributed", "training.config", "model", "data", "kernels.ops", "common", "readers"),
     "training": ("training", "model", "data", "kernels.ops", "kernels.accuracy", "common", "readers"),

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as hf_logging
 
 from kernels import accuracy
-from kernels.attention import MAX_HEAD_DIM
+from kernels.dispatch import MAX_HEAD_DIM
 from kernels.ops import EAGER, Ops
 from model import hf_kernels
 from model.hf import use_kernels, without_kernels
@@ -480,7 +480,3 @@ def test_another_model_of_the_same_config():
     model = nn.Module.to(GPT2LMHeadModel(with_kernels(theirs, EAGER).config), DEVICE)
     model.load_state_dict(theirs.state_dict())
     assert torch.equal(call(model.eval()), call(theirs.eval()))
-
-
-def test_limit_of_the_kernels():
-    assert hf_kernels.MAX_HEAD_DIM == MAX_HEAD_DIM
