@@ -218,7 +218,10 @@ def test_without_any_flag_but_the_number_of_steps(tmp_path, monkeypatch, capsys)
     assert "7,259,008 parameters" in screen
     losses = [float(line.split("l:")[1]) for line in (output_dir / "main.log").read_text().splitlines()]
     assert len(losses) == 4 and all(10 < loss < 11.2 for loss in losses)
-    assert screen.count("sample: ") == 2
+    first, last = screen.split("sample: ")[1:]
+    text = last.partition("\nmean of")[0]
+    assert first[0] in "'\"" and text[0] not in "'\"" and len(text) > 2 * len(first.splitlines()[0])
+    assert re.findall(r"\| (\S+) left$", screen, re.MULTILINE)[-1] == "0:00:00"
     expected = {f"gpt2_nano{kind}.bin" for kind in ("", "_bf16", "_debug_state")} | {"gpt2_tokenizer.bin", "model.bin"}
     assert {path.name for path in output_dir.glob("*.bin")} == expected
 
