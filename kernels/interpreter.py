@@ -5,6 +5,7 @@ chooses. `_make_honest` corrects what the interpreter gets wrong, so that bfloat
 GPU.
 """
 
+import functools
 import importlib.util
 import os
 import sys
@@ -66,6 +67,8 @@ def _make_honest() -> bool:
     InterpreterBuilder.is_honest = True
     cast, masked_load = InterpreterBuilder.cast_impl, InterpreterBuilder.create_masked_load
     patch_lang = interpreter._patch_lang
+    # The original builds a table of all dtypes at each call.
+    np_dtype, np_pointer = functools.cache(interpreter._get_np_dtype), np.dtype(np.uint64)
 
     def patch_lang_once(fn):
         """At every call of a device function the original goes through all of triton.language, in a third of a kernel's
@@ -112,4 +115,7 @@ def _make_honest() -> bool:
     InterpreterBuilder.create_dot = honest_dot
     InterpreterBuilder.create_masked_load = honest_masked_load
     interpreter._patch_lang = patch_lang_once
+    interpreter._get_np_dtype = lambda dtype: np_pointer if dtype.scalar.is_ptr() else np_dtype(dtype.scalar)
+    # The original computes at each addition of integers whether it overflows, and reports it only with debug=True.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     return True
