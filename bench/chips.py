@@ -34,9 +34,12 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("A100", "NVIDIA A100-SXM4-80GB", 80, 2.039e12, 40 * MIB, 108, 163 * KIB, 164 * KIB),
+        Chip("RTX 3090", "NVIDIA GeForce RTX 3090", 86, 0.936e12, 6 * MIB, 82, 99 * KIB, 100 * KIB, 1536, 16),
+        Chip("RTX 4090", "NVIDIA GeForce RTX 4090", 89, 1.008e12, 72 * MIB, 128, 99 * KIB, 100 * KIB, 1536, 24),
         Chip("H100", "NVIDIA H100 80GB HBM3", 90, 3.352e12, 50 * MIB, 132, 227 * KIB, 228 * KIB),
         Chip("H200", "NVIDIA H200", 90, 4.8e12, 50 * MIB, 132, 227 * KIB, 228 * KIB),
         Chip("B200", "NVIDIA B200", 100, 8.0e12, 126 * MIB, 148, 227 * KIB, 228 * KIB),
+        Chip("RTX 5090", "NVIDIA GeForce RTX 5090", 120, 1.792e12, 96 * MIB, 170, 99 * KIB, 100 * KIB, 1536, 24),
     )
 }
 

@@ -52,8 +52,9 @@ WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 WIDEST_TILE = WIDTHS[-1]
 """of rows that LayerNorm holds in registers; the kernels of kernels/wide_layer_norm.py take wider ones"""
 
-# (lowest compute capability, multiprocessors of its largest chip), newest first
-MULTIPROCESSORS = ((100, 148), (90, 132), (0, 108))
+# (lowest compute capability, multiprocessors of its largest common GPU), newest first: of the RTX 5090, B200, H100, RTX
+# 4090, A6000 and A100. Programs beyond these would wait for a second turn.
+MULTIPROCESSORS = ((120, 170), (100, 148), (90, 132), (89, 128), (86, 84), (0, 108))
 
 # For 16 bits on sm_80. They fit the 99 KiB of shared memory of sm_86, sm_89 and sm_120, which has sm_80's matrix
 # instructions.

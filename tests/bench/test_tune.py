@@ -286,7 +286,8 @@ def test_all_ops_or_those_that_are_named():
     assert {case.benchmark.op for case in tune.parse(arguments("all"), 90)} == set(tune.TUNABLES)
     (case,) = tune.parse(arguments("gelu", "gelu", "--shape", "8192x3072", "--capability", "80"), 90)
     assert (case.shape.name, case.capability) == ("8192×3072", 80)
-    assert [case_of("gelu", c).chip.name for c in (80, 89, 90, 99, 120)] == ["A100", "A100", "H100", "H100", "B200"]
+    chips = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 99: "H100", 100: "B200", 120: "RTX 5090"}
+    assert {capability: case_of("gelu", capability).chip.name for capability in chips} == chips
 
 
 def test_without_a_gpu_candidates_are_listed(machine_code, monkeypatch, capsys):

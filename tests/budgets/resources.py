@@ -1,14 +1,15 @@
 """Registers, spills, shared memory, access widths and matrix instructions of every kernel, from machine code.
 
 Kernels are compiled ahead of time, with the arguments that the launchers give them in a training step at 64×1024 in
-bf16, and in a few awkward calls. This needs a process in which Triton compiles: `python -m tests.budgets.resources`
-prints all of it as JSON, for the tests, whose process may interpret.
+bf16, and in a few awkward calls. This needs a process in which Triton compiles: `python -m tests.budgets.resources 90`
+prints those of sm_90 as JSON, for the tests, whose process may interpret.
 """
 
 import dataclasses
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -27,8 +28,8 @@ from kernels.ops import Ops
 from model.gpt import PRESETS
 from tests.budgets import capture, step
 
-CHIP_OF = {80: CHIPS["A100"], 90: CHIPS["H100"], 100: CHIPS["B200"]}
-BEST_MMA = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+CHIP_OF = {80: CHIPS["A100"], 89: CHIPS["RTX 4090"], 90: CHIPS["H100"], 100: CHIPS["B200"], 120: CHIPS["RTX 5090"]}
+BEST_MMA = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 
 
 class Resources(NamedTuple):
@@ -130,9 +131,9 @@ def awkward_calls() -> dict[str, tuple[int, list[capture.Launch]]]:
     }
 
 
-def compile_all(preset: str = step.PRESET) -> list[Resources]:
-    """Compile every kernel of a step for every chip, each variant once, and the awkward calls."""
-    calls = [(preset, capability, launches(preset, capability)) for capability in CHIP_OF]
+def compile_all(capabilities: Iterable[int] = CHIP_OF) -> list[Resources]:
+    """Compile every kernel of a step of PRESET for these chips, each variant once, and the awkward calls."""
+    calls = [(step.PRESET, capability, launches(step.PRESET, capability)) for capability in capabilities]
     calls += [(name, *call) for name, call in awkward_calls().items()]
     variants: dict[tuple, tuple] = {}
     for name, capability, noted in calls:
@@ -187,4 +188,4 @@ if __name__ == "__main__":
     from kernels import interpreter
 
     interpreter.choose("cuda")
-    print(json.dumps(compile_all()))
+    print(json.dumps(compile_all(map(int, sys.argv[1:]))))

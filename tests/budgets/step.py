@@ -33,16 +33,19 @@ def trace_step(
     residual_dtype: torch.dtype | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> capture.Trace:
-    """Trace the second training step of a network; the first makes the optimizer's state."""
+    """Trace a training step of a network, not the first, which makes the optimizer's state."""
     gpt = GPT(config, ops, init=False)
     gpt.residual_dtype = residual_dtype
     with capture.trace(capability) as tracing:
         capture.fake_parameters(gpt)
         optimizer = optim.build(gpt, Config(learning_rate=1e-4, weight_decay=0.1))
+        for param in gpt.parameters():
+            param.grad = torch.empty_like(param)
+        optimizer.step()
+        optimizer.zero_grad()
         x, y = (torch.empty(batch_size, SEQUENCE_LENGTH, dtype=torch.int64) for _ in range(2))
-        for _ in range(2):
-            tracing.restart()
-            training_step(gpt, optimizer, [(x, y)], autocast_to(torch.bfloat16, x.device))
+        tracing.restart()
+        training_step(gpt, optimizer, [(x, y)], autocast_to(torch.bfloat16, x.device))
     return tracing
 
 

@@ -38,6 +38,7 @@ def check_peak(monkeypatch):
     return count
 
 
+@pytest.mark.slow
 def test_the_check_of_every_op_at_64_sequences_fits_80_gb(check_peak, monkeypatch):
     """One layer: what a call holds is freed before the next. Larger slices than its own hold more: fewer are traced."""
     monkeypatch.setattr(check, "_SLICE_BYTES", 16 * check._SLICE_BYTES)
