@@ -1,5 +1,6 @@
 """The scripts for several nodes, with stand-ins for the scheduler: two tasks on this machine."""
 
+import json
 import os
 import signal
 import subprocess
@@ -120,6 +121,63 @@ def wait_for_step(log: Path, step: int) -> None:
         time.sleep(0.05)
 
 
+RANK = """import json, os, pathlib, signal, sys
+attempt = len(list(pathlib.Path().glob(f"rank{os.environ['RANK']}_*")))
+caught = []
+signal.signal(signal.SIGUSR1, lambda *_: caught.append("USR1"))
+started = {"argv": sys.argv[1:], **{name: os.environ[name] for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}}
+started["port"] = int(os.environ["MASTER_PORT"])
+pathlib.Path(f"rank{os.environ['RANK']}_{attempt}").write_text(json.dumps(started))
+status = json.loads(pathlib.Path("statuses").read_text())[attempt]
+while isinstance(status, str) and not caught:  # USR1, and the status behind it
+    signal.pause()
+sys.exit(int(str(status).removeprefix("USR1 ")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("statuses", "last", "requeued"),
+    [
+        (["USR1 0"], 0, 1),
+        (["USR1 1"], 1, 1),
+        ([1, 1, 0], 0, 0),
+        ([1, 1, 1, 1], 1, 0),
+        ([2], 2, 0),
+        ([1, "USR1 0"], 0, 1),
+    ],
+    ids=["time is up", "and saving fails", "two failures", "always failing", "bad input", "failure, then time is up"],
+)
+def test_slurm_job_starts_all_ranks_again_or_is_queued_again(environment, tmp_path, statuses, last, requeued):
+    """With a stand-in for train.py, which ends by each of these statuses in turn, or at the signal."""
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    (tmp_path / "train.py").write_text(RANK)
+    (tmp_path / "statuses").write_text(json.dumps(statuses))
+    command = ["bash", str(ROOT / "scripts" / "train.slurm"), "--model", "d12"]
+    job = subprocess.Popen(command, env=environment | {"SLURM_SUBMIT_DIR": str(tmp_path)})
+    if isinstance(statuses[-1], str):
+        deadline, started = time.monotonic() + 30, [tmp_path / f"rank{rank}_{len(statuses) - 1}" for rank in (0, 1)]
+        while not all(path.exists() and path.read_text() for path in started) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=60) == last
+    seen = [[json.loads((tmp_path / f"rank{rank}_{i}").read_text()) for rank in (0, 1)] for i in range(len(statuses))]
+    number = environment["SLURM_JOB_ID"]
+    argv = ["--output_dir", f"runs/{number}", "--resume", "auto", "--checkpoint_every", "500", "--model", "d12"]
+    for ranks in seen:
+        for rank, of in enumerate(ranks):
+            assert (of["argv"], of["LOCAL_RANK"], of["WORLD_SIZE"], of["MASTER_ADDR"]) == (
+                argv,
+                str(rank),
+                "2",
+                "127.0.0.1",
+            )
+    ports = [{of["port"] for of in ranks} for ranks in seen]
+    assert all(len(port) == 1 for port in ports) and len(set.union(*ports)) == len(statuses)
+    queue = tmp_path / "requeued"
+    assert (queue.read_text() if queue.exists() else "") == f"requeue {number}\n" * requeued
+
+
+@pytest.mark.slow  # the script is tested above, and signals to ranks in test_faults.py
 def test_slurm_job_saves_when_its_time_is_up_and_goes_on_when_it_comes_back(environment, tiny, tmp_path):
     for name in ("train.py", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
