@@ -83,7 +83,7 @@ LOGITS = Sweep((1,), (2048, 4096, 8192, 16384), (4, 8, 16, 32))
 LAYER_NORM = (
     Tunable("layer_norm", "_layer_norm_fwd_kernel", "forward", ROWS),
     Tunable("layer_norm_backward", "_layer_norm_bwd_kernel", "backward", ROWS),
-    Tunable("layer_norm_partials", "_layer_norm_partials_kernel", "backward", PARTIALS),
+    Tunable("column_sums", "_column_sums_kernel", "backward", PARTIALS),
 )
 TUNABLES = {
     "attention": (

@@ -263,7 +263,7 @@ def _bias_sums(p: Picture, top: float, n_blocks: int, sums: list[launch.Call]) -
     scale = 0.085
     left: float = 28
     for call, names in zip(sums, (("dq",), ("dk", "dv")), strict=True):
-        n_rows, n_cols = call.args["sums_ptr"].shape
+        n_rows, n_cols = call.args["partials_ptr"].shape
         w, h = n_cols * scale, n_rows * scale
         p.column_sums((left, top + 34, w, h), n_rows, call.args["BLOCK_M"], call.grid[0], top + 92)
         for i, name in enumerate(names):

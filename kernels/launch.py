@@ -85,7 +85,6 @@ CONFIGS = (
     LaunchConfig("layer_norm_backward", 0, ANY, 8, 4, 1024, 16, 1),
     LaunchConfig("wide_layer_norm", 0, ANY, 4, 1, 2048, 8, 3, 255),
     LaunchConfig("wide_layer_norm", 0, ANY, 8, 1, 2048, 8, 1),
-    LaunchConfig("layer_norm_partials", 0, ANY, 8, 64, 32, 4, 1),
     LaunchConfig("embedding", 0, ANY, 8, 8, 256, 4, 1),
     LaunchConfig("column_sums", 0, ANY, 8, 64, 32, 4, 1),
     LaunchConfig("gelu", 0, ANY, 8, 1, 1024, 4, 1),

@@ -10,8 +10,8 @@ A call has n_rows rows of n_cols columns. Rows of more than 8,192 columns go to 
 is about the others. Both ops have one forward kernel, so layer_norm(r) is bitwise identical to the second output of
 add_layer_norm. Saved for backward: r (x in layer_norm) in its own dtype, mean and rstd per row in fp32, and weight, but
 neither the branch nor y. A fixed number of programs shares the rows: each reads weight and bias, and writes partial
-sums of dw, db and Σ dr (fp32), once per program instead of once per row. A second kernel adds the partial sums in a
-fixed order. There are no atomics: the same inputs give bitwise identical results.
+sums of dw, db and Σ dr (fp32), once per program instead of once per row. kernels/column_sums.py adds them in a fixed
+order. There are no atomics: the same inputs give bitwise identical results.
 
 branch_bias is the bias of the linear layer that made the branch: added here, it costs no pass of its own in backward.
 
@@ -27,11 +27,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import launch, wide_layer_norm
+from kernels import column_sums, launch, wide_layer_norm
 from kernels.cost import Cost
 from kernels.dispatch import autocast_dtype, check, register
 from kernels.eager import LAYER_NORM_EPS
-from kernels.norm_rows import HIGHEST, add_partials, as_rows, constants_of, offsets
+from kernels.norm_rows import HIGHEST, as_rows, constants_of, offsets
 
 
 @triton.jit
@@ -246,7 +246,7 @@ def _launch_backward(
         lambda: _configure("layer_norm_backward", r, *strides, HAS_BRANCH_BIAS=sums[2] is not None),
         (n_cols, sums[2] is None),
     )
-    add_partials(partials, *sums)
+    column_sums.add_up(partials, *sums[: len(partials)])
 
 
 def _empty(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

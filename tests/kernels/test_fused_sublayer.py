@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import accuracy, column_sums, fused_sublayer, gelu, sublayer
+from kernels import accuracy, fused_sublayer, gelu, sublayer
 from kernels.ops import EAGER, Ops
 from kernels.sublayer import Stream
 from tests.conftest import DEVICE, TRITON
@@ -291,22 +291,6 @@ def test_what_an_op_refuses_is_refused_in_its_words(calls):
         with pytest.raises(ValueError, match=message):
             half(TRITON)(*(inputs_of(H) | change).values())
     assert calls == []
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (64, 32), (65, 33), (200, 7), (3, 100)])
-def test_column_sums(shape):
-    sums = normal(*shape)
-    out = torch.empty(shape[1], device=DEVICE)
-    column_sums.add_up(sums, out)
-    want = sums.double().sum(0)
-    assert (out - want).abs().max() <= 4 * shape[0] ** 0.5 * torch.finfo(torch.float32).eps * sums.abs().max()
-    assert torch.equal(out, column_sums_again(sums))
-
-
-def column_sums_again(sums: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(sums.shape[1], device=DEVICE)
-    column_sums.add_up(sums, out)
-    return out
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 3), (5, 1024), (37, 1030), (9, 2100)])

@@ -102,7 +102,7 @@ def test_several_programs_per_multiprocessor(monkeypatch):
 
 
 def test_more_partial_sums_than_a_block(monkeypatch):
-    few = launch.LaunchConfig("layer_norm_partials", 0, launch.ANY, 8, 4, 32, 4, 1)
+    few = launch.LaunchConfig("column_sums", 0, launch.ANY, 8, 4, 32, 4, 1)
     monkeypatch.setattr(launch, "n_programs", lambda device: 9)
     with launch.Trial(few):
         assert_both_no_worse(inputs_of(9 * 64, 33))
