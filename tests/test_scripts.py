@@ -160,6 +160,7 @@ def test_slurm_job_starts_all_ranks_again_or_is_queued_again(environment, tmp_pa
             time.sleep(0.02)
         job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=60) == last
+    assert len(list(tmp_path.glob("rank*_*"))) == 2 * len(statuses)
     seen = [[json.loads((tmp_path / f"rank{rank}_{i}").read_text()) for rank in (0, 1)] for i in range(len(statuses))]
     number = environment["SLURM_JOB_ID"]
     argv = ["--output_dir", f"runs/{number}", "--resume", "auto", "--checkpoint_every", "500", "--model", "d12"]
