@@ -246,19 +246,6 @@ def test_opcheck(n_head):
     torch.library.opcheck(torch.ops.tritongpt.sublayer, args, test_utils=("test_autograd_registration",))
 
 
-@KINDS
-def test_compiled_to_one_graph_it_gives_the_same_bits(n_head):
-    compiled = torch.compile(half(TRITON, 2, leave_bias=True), fullgraph=True, backend="aot_eager")
-    inputs = inputs_of(n_head)
-    leave = half(TRITON, 2, leave_bias=True)
-    leaves = [v.requires_grad_() for v in inputs.values() if isinstance(v, torch.Tensor)][:-1]
-    by_form = []
-    for function in (compiled, leave):
-        outs = function(*leaves, inputs["out_bias"], n_head)
-        by_form.append([*outs, *torch.autograd.grad(outs, leaves, gradients())])
-    assert all(map(torch.equal, *by_form))
-
-
 def test_autocast_is_on_again_afterwards(monkeypatch):
     inputs = inputs_of(0)
     with torch.autocast(DEVICE, torch.bfloat16):
