@@ -108,7 +108,6 @@ _SEPARATE: dict[Callable, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], t
 
 EAGER = Ops(*(getattr(eager, name) for name in Ops._fields))
 SDPA = EAGER._replace(attention=eager.sdpa_attention, decode_attention=eager.sdpa_decode_attention)
-EAGER_SDPA = SDPA  # the same, by its older name
 
 
 @functools.cache
