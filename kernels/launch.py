@@ -148,7 +148,7 @@ def lookup(op: str, device: torch.device, itemsize: int, width: int = 1) -> Laun
         width: head_dim or n_cols.
 
     Raises:
-        ValueError: width is larger than any row allows.
+        ValueError: no row applies.
     """
     trial = _trial and _trial.configs.get(op)
     return trial or _first_config(op, capability(device), itemsize, width)
@@ -160,8 +160,10 @@ def _first_config(op: str, at: int, itemsize: int, width: int) -> LaunchConfig:
         fits = at >= config.capability and width <= config.width and itemsize <= config.itemsize
         if config.op == op and fits and (width % 16 or not config.unaligned):
             return config
-    widest = max(config.width for config in CONFIGS if config.op == op)
-    raise ValueError(f"{op} takes at most {widest} columns, and was given {width}")
+    raise ValueError(
+        f"no launch configuration of {op} for compute capability {at}, width {width} and itemsize {itemsize}; add a "
+        "row to CONFIGS in kernels/launch.py"
+    )
 
 
 def n_programs(device: torch.device) -> int:

@@ -58,6 +58,14 @@ def test_fp32_dots_do_what_torchs_matmuls_do():
             assert launch.fp32_dot_precision() == ("tf32" if wanted == "tf32" else "ieee"), names
 
 
+@pytest.mark.parametrize(("op", "itemsize", "width"), [("attention", 2, 129), ("attention", 16, 64), ("no_op", 2, 64)])
+def test_a_row_that_is_missing_is_named(op, itemsize, width):
+    """Wider than any row, of larger elements, and of an op without rows."""
+    told = f"{op} for compute capability 90, width {width} and itemsize {itemsize}; add a row to CONFIGS"
+    with launch.DryRun(90, lambda call: None), pytest.raises(ValueError, match=told):
+        launch.lookup(op, torch.device("cpu"), itemsize, width)
+
+
 def test_a_dry_run_lists_launches_and_writes_nothing():
     x = torch.ones(1000, device=DEVICE)
     calls: list[launch.Call] = []
