@@ -68,7 +68,10 @@ def run(config: Config, world: World, watchdog: Watchdog, held: contextlib.ExitS
         backend.keep_freed_memory()
     table = backend.choose_ops(config, world.device.type)
     backend.require_cache_folder()
-    gpt = load(config.model, table)
+    try:
+        gpt = load(config.model, table)
+    except BadInput as error:
+        raise BadInput(f"--model {error}") from error
     gpt.set_recompute(config.recompute)
     gpt.residual_dtype = None if config.residual_dtype == "float32" else getattr(torch, config.residual_dtype)
     backend.try_code_generation(config, world.device, gpt.ops)

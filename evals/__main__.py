@@ -89,10 +89,7 @@ def evaluate(args: argparse.Namespace, world: World, held: contextlib.ExitStack)
         table = ops.parse(backend, world.device.type)
     except (ImportError, ValueError, RuntimeError) as error:
         raise BadInput(f"--backend {backend}: {error}") from error
-    try:
-        gpt = load(args.model, table)
-    except BadInput as error:
-        raise BadInput(str(error).removeprefix("--model ")) from error
+    gpt = load(args.model, table)
     task = open_task(args.task, args.data, gpt.config, world, args.rule, args.limit)
     settings = {"batch_size": args.batch_size, "dtype": args.dtype, "backend": backend, "device": world.device_name}
     is_run = os.path.exists(Path(args.model) / llmc.RUN_WEIGHTS)

@@ -98,7 +98,7 @@ def from_pretrained(name_or_folder: str, ops: Ops = EAGER) -> GPT:
             head = tensors.get("lm_head.weight")
             if head and not torch.equal(head.read().float(), gpt.lm_head.weight):
                 raise BadInput(
-                    f"--model {name_or_folder}: lm_head.weight differs from transformer.wte.weight, and this network "
+                    f"{name_or_folder}: lm_head.weight differs from transformer.wte.weight, and this network "
                     "has one tensor for both; name another model"
                 )
     except (OSError, ValueError) as error:
@@ -108,7 +108,7 @@ def from_pretrained(name_or_folder: str, ops: Ops = EAGER) -> GPT:
             else _first_line(error)
         )
         raise BadInput(
-            f"--model {name_or_folder}: cannot load this folder: {at}; save the model again, or name another"
+            f"{name_or_folder}: cannot load this folder: {at}; save the model again, or name another"
         ) from error
     return gpt
 
@@ -250,8 +250,8 @@ def _download(name: str) -> Path:
         )
     except Exception as error:
         raise BadInput(
-            f"--model {name}: not to be had from Hugging Face's hub: {why_not or _first_line(error)}; name a local "
-            "folder, or start from random weights with --model d12"
+            f"{name}: not to be had from Hugging Face's hub: {why_not or _first_line(error)}; name a local "
+            "folder, or a preset such as d12, whose weights are random"
         ) from error
     finally:
         if showed_bars:
@@ -325,27 +325,26 @@ def _our_tensors(stored: dict[str, StoredTensor], config: GPTConfig, name: str) 
     for what, keys in wrong.items():
         if keys:
             listed = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise BadInput(f"--model {name}: tensors {what}: {listed}; save the model again, or name another")
+            raise BadInput(f"{name}: tensors {what}: {listed}; save the model again, or name another")
     return tensors
 
 
 def _our_config(given: dict[str, Any], name: str) -> GPTConfig:
     fields = {_ALIASES.get(field, field): value for field, value in given.items()}
     if fields["model_type"] != "gpt2":
-        raise BadInput(f"--model {name}: model_type is {fields['model_type']}, not gpt2; name a GPT-2")
+        raise BadInput(f"{name}: model_type is {fields['model_type']}, not gpt2; name a GPT-2")
     for field, allowed in _FIXED.items():
         value = fields.get(field, allowed[0])
         if value not in allowed:
             raise BadInput(
-                f"--model {name}: {field} is {reprlib.repr(value)}, and this network has "
+                f"{name}: {field} is {reprlib.repr(value)}, and this network has "
                 f"{' or '.join(map(str, allowed))}; name another model"
             )
     default = GPTConfig()
     width = fields.get("n_embd", default.n_embd)
     if fields.get("n_inner") not in (None, 4 * width):
         raise BadInput(
-            f"--model {name}: n_inner is {reprlib.repr(fields['n_inner'])}, and this network has 4·n_embd; name "
-            "another model"
+            f"{name}: n_inner is {reprlib.repr(fields['n_inner'])}, and this network has 4·n_embd; name another model"
         )
     try:
         return GPTConfig(
@@ -356,7 +355,7 @@ def _our_config(given: dict[str, Any], name: str) -> GPTConfig:
             n_embd=width,
         )
     except ValueError as error:
-        raise BadInput(f"--model {name}: {error}; name another model") from error
+        raise BadInput(f"{name}: {error}; name another model") from error
 
 
 @contextlib.contextmanager

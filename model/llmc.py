@@ -311,7 +311,7 @@ def _open(path: str | Path, what: str, follow: bool = True) -> BinaryIO:
     try:
         return open_regular(path, follow)
     except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror or error}; name {what}") from error
+        raise BadInput(f"{path}: cannot be read: {error.strerror or error}; name {what}") from error
 
 
 def _read_header(path: str | Path, file: BinaryIO, magic: int, versions: tuple[int, ...], what: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Load a network by a name or path, as in `--model`."""
+"""Load a network by a name or path."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def load(model: str, ops: Ops = EAGER) -> GPT:
         ops: the backend.
 
     Raises:
-        BadInput: it does not exist, or cannot be used.
+        BadInput: it does not exist, or cannot be used. The message begins with the name or path.
     """
     if model in PRESETS:
         return GPT(PRESETS[model], ops)
@@ -33,4 +33,4 @@ def load(model: str, ops: Ops = EAGER) -> GPT:
     if os.path.isdir(path) or (looks_like_hub_name and not os.path.exists(path)):
         return hf.from_pretrained(model, ops)
     known = ", ".join((*PRESETS, *PRETRAINED))
-    raise BadInput(f"--model {model} is neither a path nor a name that is known; choose from {known}, or give a path")
+    raise BadInput(f"{model} is neither a path nor a name that is known; choose from {known}, or give a path")

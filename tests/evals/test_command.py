@@ -253,6 +253,8 @@ def assert_refused(argv: list[str], capsys, told: str) -> None:
         ("hellaswag TINY --data QUESTIONS", "the model has a vocabulary of 61 tokens"),
         ("hellaswag", "no MODEL is given"),
         ("hellaswag nowhere --data QUESTIONS", "^evals: nowhere is neither a path nor a name"),
+        ("hellaswag nowhere.bin --data QUESTIONS", "^evals: nowhere.bin: cannot be read: No such file"),
+        ("hellaswag . --data QUESTIONS", r"^evals: \.: cannot load this folder"),
         ("hellaswag MODEL --data MODEL", "magic number 20240326 instead of 20240522"),
         ("hellaswag MODEL --data QUESTIONS --backend nobody", "--backend nobody: unknown backend"),
         ("hellaswag MODEL --data QUESTIONS --device tpu", "--device tpu is unknown"),

@@ -492,7 +492,13 @@ def test_bad_files_are_one_line(run, tiny, tmp_path):
         (["--prompt_file", str(empty)], {}, f"--prompt_file {empty} has no prompt"),
         (["--prompt_file", str(latin)], {}, f"--prompt_file {latin}: 'utf-8'"),
         (["--prompt", "a"], {"model": tiny["--model"]}, "has a vocabulary of 61, and text is written in GPT-2's"),
-        (["--prompt", "a"], {"model": str(tmp_path / "none.bin")}, "none.bin"),
+        (
+            ["--prompt", "a"],
+            {"model": str(tmp_path / "none.bin")},
+            f"model.generate: {tmp_path / 'none.bin'}: cannot be",
+        ),
+        (["--prompt", "a"], {"model": "nowhere"}, "model.generate: nowhere is neither a path nor a name"),
+        (["--prompt", "a"], {"model": str(tmp_path)}, f"model.generate: {tmp_path}: cannot load this folder"),
     ):
         done = run(*words, **model)
         assert done.status == 2 and told in done.err and done.err.count("\n") == 1, done.err
