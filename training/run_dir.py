@@ -72,7 +72,8 @@ def torchrun_id_of(config: Path) -> str | None:
         BadInput: it is no config.json of a run.
     """
     try:
-        return read_json(config, {"launch?": text(".{0,1000}")}).get("launch")
+        found = read_json(config, dict.fromkeys(("torchrun_id?", "launch?"), text(".{0,1000}")))
+        return found.get("torchrun_id", found.get("launch"))  # as older run directories call it
     except (OSError, ValueError) as error:
         raise BadInput(f"{config} cannot be used: {why(error)}; name another --output_dir") from error
 
@@ -148,7 +149,7 @@ def make(path: Path, config: Config, restarted: bool, gpt: GPT, held: contextlib
 
 def write_config(path: Path, config: Config, metadata: dict[str, Any], world: World) -> None:
     """Write config.json: every flag, and the rest of what decides this run."""
-    content = metadata | {"flags": dataclasses.asdict(config), "launch": world.torchrun_id}
+    content = metadata | {"flags": dataclasses.asdict(config), "torchrun_id": world.torchrun_id}
     with atomic_write(path / RUN_CONFIG) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 

@@ -277,7 +277,7 @@ def test_torchrun_starts_again_from_the_newest_checkpoint(tmp_path, start_ranks,
     assert restarted.log == whole.log and same_weights(restarted, whole)
 
 
-def test_restart_leaves_a_folder_alone_that_is_of_another_launch(start_ranks, run_tiny):
+def test_restart_leaves_a_folder_alone_that_is_of_another_torchrun(start_ranks, run_tiny):
     """torchrun starts the ranks again after they refused it."""
     flags = {"num_iterations": 3, "checkpoint_every": 2}
     other = run_tiny(**flags)
@@ -285,6 +285,21 @@ def test_restart_leaves_a_folder_alone_that_is_of_another_launch(start_ranks, ru
     processes, _ = start_ranks(1, restarts=2, **flags, output_dir=other.output_dir, learning_rate=1e-3)
     assert processes.wait() == [1] and processes.errors.count("is not empty") == 3, processes.errors
     assert everything_in(other.output_dir) == before
+
+
+@pytest.mark.parametrize("field", ["torchrun_id", "launch"])
+def test_restart_resumes_whichever_name_the_id_has(run_tiny, monkeypatch, field):
+    """Older run directories have the field `launch`."""
+    flags = {"num_iterations": 3, "checkpoint_every": 2}
+    run = run_tiny(**flags)
+    shutil.rmtree(run.output_dir / "checkpoints" / "step_3")
+    path = run.output_dir / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({field if name == "torchrun_id" else name: value for name, value in content.items()}))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    restarted = run_tiny(**flags, output_dir=run.output_dir)
+    assert "checkpoints/step_2: 2 of 3 steps are done" in restarted.screen
+    assert json.loads(path.read_text()) == content
 
 
 def test_one_process_in_an_environment_that_knows_of_ranks(run_tiny, monkeypatch):
