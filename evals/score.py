@@ -49,18 +49,20 @@ def score_rows(gpt: GPT, rows: list[Row], device: torch.device, autocast: Abstra
     """
     sequences = [torch.from_numpy(row.tokens[-gpt.config.block_size - 1 :].astype("int64")) for row in rows]
     idx = torch.nn.utils.rnn.pad_sequence([s[:-1] for s in sequences], batch_first=True, padding_value=END_OF_TEXT)
-    targets = torch.nn.utils.rnn.pad_sequence([s[1:] for s in sequences], batch_first=True, padding_value=-1)
-    idx, targets = idx.to(device), targets.to(device)
-    with autocast:
-        logits, _ = gpt(idx, targets)
-    assert logits is not None
-    losses, greedy = [], []
-    for row, sequence, of_row, wanted in zip(rows, sequences, logits, targets, strict=True):  # one by one: V is large
+    positions, targets = [], []
+    for row, sequence, of_row in zip(rows, sequences, torch.arange(idx.numel()).view_as(idx), strict=True):
         scored = slice(len(sequence) - 1 - row.n_scored, len(sequence) - 1)
-        of_scored, ids = of_row[scored].float(), wanted[scored]
-        losses.append(F.cross_entropy(of_scored, ids, reduction="none"))
-        greedy.append(of_scored.argmax(-1) == ids)
+        positions.append(of_row[scored])
+        targets.append(sequence[1:][scored])
+    with autocast:
+        logits, _ = gpt(idx.to(device), positions=torch.cat(positions).to(device))
+    assert logits is not None
     n_scored = [row.n_scored for row in rows]
+    losses, greedy = [], []
+    for of_row, ids in zip(logits.split(n_scored), torch.cat(targets).to(device).split(n_scored), strict=True):
+        of_row = of_row.float()  # row by row: V is large
+        losses.append(F.cross_entropy(of_row, ids, reduction="none"))
+        greedy.append(of_row.argmax(-1) == ids)
     sums = [-part.double().sum().item() for part in torch.cat(losses).cpu().split(n_scored)]  # one wait for the device
     all_greedy = [bool(part.all()) for part in torch.cat(greedy).cpu().split(n_scored)]
     return [Score(x if math.isfinite(x) else math.nan, whole) for x, whole in zip(sums, all_greedy, strict=True)]

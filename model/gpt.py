@@ -275,7 +275,11 @@ class GPT(nn.Module):
             block.recompute = level
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, return_logits: bool = True
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        return_logits: bool = True,
+        positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Run the network.
 
@@ -283,10 +287,12 @@ class GPT(nn.Module):
             idx: (B, T) int64 token ids, T <= block_size.
             targets: (B, T) int64, the ids to predict; −1 is ignored. None for predictions only.
             return_logits: False if the logits are not needed, so that no backend spends time or memory on them.
+            positions: (n,) int64 indices into idx.flatten(), where logits are needed if there are no targets.
 
         Returns:
-            (logits, loss). With targets: logits (B, T, V) and the mean loss in nats, (). Without: logits of the last
-            position only, (B, 1, V), and None. Logits are None if return_logits is False.
+            (logits, loss). With targets: logits (B, T, V) and the mean loss in nats, (). Without: logits at
+            `positions`, (n, V), or of the last position only, (B, 1, V), and None. Logits are None if return_logits is
+            False.
 
         Raises:
             ValueError: T is larger than block_size.
@@ -307,7 +313,8 @@ class GPT(nn.Module):
         _, hidden = self.transformer.ln_f.add(stream)
 
         if targets is None:
-            return (self.lm_head(hidden[:, [-1], :]) if return_logits else None), None
+            needed = hidden[:, [-1], :] if positions is None else hidden.flatten(0, 1)[positions]
+            return (self.lm_head(needed) if return_logits else None), None
         if not return_logits and not hooked(self.lm_head):
             return None, self.ops.linear_cross_entropy(hidden, self.lm_head.weight, targets)
         logits = self.lm_head(hidden)

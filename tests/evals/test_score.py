@@ -69,6 +69,13 @@ def test_padding_and_a_lost_beginning_change_nothing(small):
     assert not score_rows(gpt, [greedy._replace(n_scored=2)], WORLD.device, NO_AUTOCAST)[0].greedy
 
 
+def test_the_head_runs_where_tokens_are_scored(small):
+    gpt, shapes = load_model(small, EAGER), []
+    gpt.lm_head.register_forward_hook(lambda module, args, logits: shapes.append(logits.shape))
+    score_rows(gpt, [item[0] for item in items_of([5, 9, 33])], WORLD.device, NO_AUTOCAST)
+    assert shapes == [(3 * 2, SMALL.vocab_size)]
+
+
 def test_infinite_losses_are_no_numbers(small):
     gpt = load_model(small, EAGER)
     with torch.no_grad():

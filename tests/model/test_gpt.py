@@ -179,6 +179,9 @@ def test_forward_with_and_without_targets():
     assert last.shape == (2, 1, TINY.vocab_size) and no_loss is None
     torch.testing.assert_close(last[:, 0], logits[:, -1])
     assert gpt(idx, return_logits=False) == (None, None)
+    some, no_loss = gpt(idx, positions=torch.tensor([13, 0, 21]))
+    assert no_loss is None
+    torch.testing.assert_close(some, torch.stack([logits[1, 2], logits[0, 0], logits[1, 10]]))
 
 
 def test_sequence_longer_than_the_block():
