@@ -168,7 +168,8 @@ def train(
             log.validation(step, val_loss)
             print0(f"val loss {val_loss:.6f}")
         if is_due(config.eval_every, step, last_step):
-            log.evaluation(step, evaluations.run(gpt, autocast, config, step, watchdog.at))
+            n_tokens = config.batch_size * config.sequence_length
+            log.evaluation(step, evaluations.run(gpt, autocast, n_tokens, step, watchdog.at))
         if is_due(config.sample_every, step, last_step):
             watchdog.at(step, "sample")
             with autocast:

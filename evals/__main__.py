@@ -24,7 +24,6 @@ from kernels import ops
 from model import llmc
 from model.load import load
 from training import distributed
-from training.config import default_backend
 from training.distributed import RunStopped, World
 
 OUTPUT_DIR = Path("runs/evals")
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace, world: World, held: contextlib.ExitStack) -> None:
     """Evaluate a model and write the results. Every rank takes part; the scores' file is locked until `held` ends."""
-    backend = args.backend or default_backend(world.device.type)
+    backend = args.backend or ops.default_backend(world.device.type)
     try:
         table = ops.parse(backend, world.device.type)
     except (ImportError, ValueError, RuntimeError) as error:

@@ -17,7 +17,6 @@ from evals.score import score_items
 from evals.task import Task
 from model.gpt import GPT, GPTConfig
 from training import distributed
-from training.config import Config
 from training.distributed import World
 
 NAMES = ("hellaswag", "lambada", "wikitext", "bpb")
@@ -99,18 +98,17 @@ class Evaluations:
                 raise BadInput(f"--evals {spec}: {error}") from error
 
     def run(
-        self, gpt: GPT, autocast: torch.autocast, config: Config, step: int, at: Callable[[int, str], None]
+        self, gpt: GPT, autocast: torch.autocast, n_tokens: int, step: int, at: Callable[[int, str], None]
     ) -> dict[str, dict[str, float]]:
         """Figures by task, on every rank, each printed as soon as it is there. Every rank takes part.
 
         Args:
             gpt: the network, which may be sharded.
             autocast: the context of forward passes.
-            config: of the run; a batch has at most the tokens of one of its micro-batches.
+            n_tokens: most tokens of a batch.
             step: updates done.
             at: told the step and what is being done before each batch, on every rank as often as on the others.
         """
-        n_tokens = config.batch_size * config.sequence_length
         found = {}
         for task in self.tasks:
             at(step, f"evaluation: {task.name}")

@@ -6,6 +6,7 @@ have the same signatures. Only `triton_ops` imports triton.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -136,6 +137,11 @@ def triton_ops(device_type: str) -> Ops:
         _FUSED[table.layer_norm, table.add_layer_norm, op] = fused_sublayer.fused
     _SEPARATE[table.attention] = attention.causal_attention
     return table
+
+
+def default_backend(device_type: str) -> str:
+    """triton where there is a GPU and triton is installed for it (it is not to be had on Windows)."""
+    return "triton" if device_type == "cuda" and importlib.util.find_spec("triton") else "eager"
 
 
 def parse(spec: str, device_type: str) -> Ops:

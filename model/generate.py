@@ -7,7 +7,6 @@ or after `--tokens`. Every sample draws from a generator of its own, so it does 
 import argparse
 import codecs
 import contextlib
-import importlib.util
 import itertools
 import json
 import sys
@@ -383,7 +382,7 @@ def open_model(args: argparse.Namespace) -> GPT:
             f"--device {device}: there is none here; choose from {', '.join(n for n in DEVICES if there[n])}"
         )
     kind = device.partition(":")[0]
-    backend = args.backend or ("triton" if kind == "cuda" and importlib.util.find_spec("triton") else "eager")
+    backend = args.backend or ops.default_backend(kind)
     try:
         torch.empty(0, device=device)
         table = ops.parse(backend, kind)

@@ -15,8 +15,8 @@ ALLOWED = {  # what the files of a folder may import of ours; of kernels the mod
     "kernels": ("kernels",),
     "data": ("data", "common", "readers"),
     "model": ("model", *WITHOUT_TRITON, "data.tokenizer", "common", "readers"),
-    # Of training, evals need only how ranks start and agree, and which backend is the default.
-    "evals": ("evals", "training.distributed", "training.config", "model", "data", "kernels.ops", "common", "readers"),
+    # Of training, evals need only how ranks start and agree.
+    "evals": ("evals", "training.distributed", "model", "data", "kernels.ops", "common", "readers"),
     "training": ("training", "model", "data", "kernels.ops", "kernels.accuracy", "common", "readers"),
     "train": ("training", "evals", "model", "data", "kernels.ops", "common", "readers"),
     "bench": ("bench", "training", "model", "kernels", "common"),

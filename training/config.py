@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import re
 import shlex
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from common import BadInput
+from kernels.ops import default_backend
 
 CHECKPOINTS = "checkpoints"
 """folder of a run directory in which its checkpoints are, step_N"""
@@ -326,11 +326,6 @@ class Config:
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-steps of one update."""
         return self.total_batch_size // (self.batch_size * self.sequence_length * world_size)
-
-
-def default_backend(device_type: str) -> str:
-    """triton where there is a GPU and triton is installed for it (it is not to be had on Windows)."""
-    return "triton" if device_type == "cuda" and importlib.util.find_spec("triton") else "eager"
 
 
 def shell_path(path: Path) -> str:
