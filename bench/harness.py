@@ -25,7 +25,7 @@ from kernels import accuracy
 from kernels.accuracy import is_float
 from kernels.cost import Cost
 from kernels.ops import FORWARD_ONLY
-from model.decoder import capture
+from model.cuda_graph import CudaGraphs, GraphedCall
 
 ROUNDS = (10, 100)
 """least and most rounds of a measurement"""
@@ -105,7 +105,10 @@ class CudaDevice:
         return peak
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
-        return capture(call, WARM_UP)
+        graphed = GraphedCall(call, CudaGraphs(self.torch_device))
+        while not graphed.captured:
+            graphed()
+        return graphed
 
 
 class Shape(NamedTuple):

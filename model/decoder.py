@@ -11,14 +11,13 @@ whole forward pass over block_size tokens, which is exact.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from kernels.sublayer import Stream
-
-T = TypeVar("T")
+from model.cuda_graph import CudaGraphs, GraphedCall
 
 
 class Decoder:
@@ -31,7 +30,7 @@ class Decoder:
         room: number of tokens that will be added to each sequence at most.
         lengths: of the prompts, in tokens; None for T. Prompts longer than block_size have to be of one length.
         copies: continuations of each prompt, which is run once for all of them.
-        graph: make a step one CUDA graph, captured at the first step. Only if no other thread uses the GPU.
+        graph: make a step one CUDA graph, captured after cuda_graph.WARM_UP steps.
     """
 
     def __init__(
@@ -56,8 +55,10 @@ class Decoder:
         self.cache_size = min(gpt.config.block_size, T + room)
         self._rows = torch.arange(B * copies, device=prompts.device)
         self._lengths = torch.tensor(self.lengths, device=prompts.device)
-        self._graph = graph
-        self._replay: Callable[[], torch.Tensor] | None = None
+        self._graphed_step: GraphedCall[torch.Tensor] | None = None
+        if graph:
+            # Over the whole cache: a graph has no shape that grows, and the kernel reads only the keys that are there.
+            self._graphed_step = GraphedCall(lambda: self._step(self.cache_size), CudaGraphs(prompts.device))
 
     @torch.no_grad()
     def prefill(self) -> torch.Tensor:
@@ -87,7 +88,7 @@ class Decoder:
         slid = [row for row, length in enumerate(self.lengths) if length > self.gpt.config.block_size]
         if self.cache is None or len(slid) == len(self.lengths):
             return self._recompute(range(len(self.lengths)))
-        logits = self._graphed_step() if self._graph else self._step(min(max(self.lengths), self.cache_size))
+        logits = self._graphed_step() if self._graphed_step else self._step(min(max(self.lengths), self.cache_size))
         if slid:
             logits = logits.index_copy(0, self._rows[slid], self._recompute(slid))
         return logits
@@ -109,13 +110,6 @@ class Decoder:
             return attn.ops.decode_attention(q[:, 0], keys, values, lengths).flatten(1)
 
         return self.gpt.lm_head(self._run(residual, attend))
-
-    def _graphed_step(self) -> torch.Tensor:
-        """`_step` as a CUDA graph, over the whole cache, because a graph has no shape that grows. The kernel reads only
-        the keys that are there."""
-        if self._replay is None:
-            self._replay = capture(lambda: self._step(self.cache_size))
-        return self._replay()
 
     def _attend_all(self, layer: int, attn: Any, qkv: torch.Tensor) -> torch.Tensor:
         """(B, T, 3C) -> (B, T, C): causal attention, which also fills the cache of every copy."""
@@ -145,26 +139,6 @@ class Decoder:
             windows = self.ids[group, max(0, length - self.gpt.config.block_size) : length]
             logits |= zip(group, self.gpt(windows)[0][:, -1], strict=True)
         return torch.stack([logits[row] for row in rows]) if rows else self.ids.new_empty(0, 0, dtype=torch.float32)
-
-
-def capture(function: Callable[[], T], warm_up: int = 1) -> Callable[[], T]:
-    """Record what a function launches, as a CUDA graph, after calls that are not recorded: they compile kernels and
-    allocate workspaces. Returns a function that launches it again and returns the same tensors with new values."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_up):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-
-    def replay(captured: Callable = function) -> T:  # kept: it owns the tensors that the graph reads and writes
-        graph.replay()
-        return result
-
-    return replay
 
 
 class PackedLinear(torch.nn.Module):

@@ -12,85 +12,19 @@ rate is fp32 either way (`optim.set_learning_rate`).
 
 The gradients stay in memory, and so does what the activations need in the first graph: validation and samples, which
 run as ever, need memory of their own.
-
-https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Iterable
 
 import torch
 
 from common import BadInput
+from model.cuda_graph import CudaGraphs, GraphedCall, Graphs
 from training.checkpoint import TrainState
 from training.config import Config
 from training.distributed import World
 from training.step import Batch, Update
-
-WARM_UP = 3
-"""calls of a part before its capture: by then kernels are compiled and loaded, libraries have their workspaces, and
-AdamW its moments, which every replay would zero if they were made in a capture"""
-
-T = TypeVar("T")
-
-
-class Graphs(Protocol):
-    """How a part of an update is run, captured and replayed."""
-
-    def run(self, call: Callable[[], T]) -> T:
-        """Call it, without a graph."""
-
-    def capture(self, call: Callable[[], T]) -> tuple[T, Callable[[], object]]:
-        """Call it without running its kernels. Returns its result, and the function that runs them: it writes the
-        result, and every other tensor that the call made."""
-
-
-class CudaGraphs:
-    """Graphs of torch, all on one stream beside the device's first, which cannot be captured."""
-
-    def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device)
-
-    def run(self, call: Callable[[], T]) -> T:
-        current = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            result = call()
-        current.wait_stream(self.stream)
-        return result
-
-    def capture(self, call: Callable[[], T]) -> tuple[T, Callable[[], object]]:
-        graph = torch.cuda.CUDAGraph()
-        # What other threads do is none of its business: one may be writing a checkpoint.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            result = call()
-        return result, graph.replay
-
-
-class Part(Generic[T]):
-    """A part of an update: run WARM_UP times, then captured, then replayed.
-
-    Args:
-        call: takes its inputs from tensors that stay where they are, and decides nothing on the host.
-        graphs: how.
-    """
-
-    def __init__(self, call: Callable[[], T], graphs: Graphs):
-        self.call, self.graphs = call, graphs
-        self.runs = 0
-        self.captured: tuple[T, Callable[[], object]] | None = None
-
-    def __call__(self) -> T:
-        """Launch it. The next call overwrites the result."""
-        if self.runs < WARM_UP:
-            self.runs += 1
-            return self.graphs.run(self.call)
-        if self.captured is None:
-            self.captured = self.graphs.capture(self.call)
-        result, replay = self.captured
-        replay()
-        return result
 
 
 class GraphedUpdate(Update):
@@ -114,8 +48,8 @@ class GraphedUpdate(Update):
             group["lr"], group["capturable"] = self.lr, True
         # The warm-up is not captured, of which AdamW warns. The fused form does the same either way.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True", UserWarning)
-        self._gradients = Part(lambda: Update.gradients(self, self.inputs), graphs)
-        self._step = Part(state.optimizer.step, graphs)
+        self._gradients = GraphedCall(lambda: Update.gradients(self, self.inputs), graphs)
+        self._step = GraphedCall(state.optimizer.step, graphs)
 
     def gradients(self, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         for statics, batch in zip(self.inputs, batches, strict=False):  # so many are read, and no more

@@ -5,6 +5,7 @@ import gc
 import itertools
 import weakref
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -154,10 +155,10 @@ def test_a_graph_keeps_what_it_reads_and_writes(monkeypatch):
     for name in ("Stream", "CUDAGraph", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
     for name in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda of: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, name, lambda *of, **how: contextlib.nullcontext())
     network = torch.nn.Linear(2, 2)
     alive = weakref.ref(network)
-    replay = harness.CudaDevice.capture(cast(Any, None), partial(id, network))
+    replay = harness.CudaDevice.capture(cast(Any, SimpleNamespace(torch_device=None)), partial(id, network))
     del network
     gc.collect()
     assert alive()

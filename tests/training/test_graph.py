@@ -15,6 +15,7 @@ from common import BadInput
 from data.loader import ShardLoader
 from kernels import launch
 from kernels.ops import EAGER, Ops
+from model import cuda_graph
 from model.gpt import GPT, GPTConfig
 from tests.budgets import capture
 from tests.conftest import TRITON
@@ -84,7 +85,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 class StandIn:
-    """graph.CudaGraphs without a GPU."""
+    """CudaGraphs without a GPU."""
 
     def __init__(self, device: torch.device = ALONE.device) -> None:
         self.runs = 0
@@ -155,7 +156,7 @@ def compare(ops: Ops, config: Config, n_steps: int, skipped: set[int], recompute
         after.append(steps_of(make(config, ALONE, state_of(gpt), gpt), n_steps, skipped))
     want, got = after
     assert_same_bits(got, want)
-    assert graphs.runs == 2 * graph.WARM_UP and len(graphs.recordings) == 2
+    assert graphs.runs == 2 * cuda_graph.WARM_UP and len(graphs.recordings) == 2
     assert all(step["norm"] > config.grad_clip for step in want)  # the clip has something to do
     for step in skipped:
         before, then = ({n: got[i][n] for n in got[i] if n not in ("loss", "norm")} for i in (step - 1, step))
@@ -170,7 +171,7 @@ def test_replays_are_the_steps_of_a_run_without_graphs(dtype, recompute):
 
 
 def test_replays_of_the_kernels(monkeypatch):
-    monkeypatch.setattr(graph, "WARM_UP", 1)
+    monkeypatch.setattr(cuda_graph, "WARM_UP", 1)
     compare(TRITON, dataclasses.replace(CONFIG, batch_size=1, total_batch_size=7), n_steps=3, skipped=set())
 
 
@@ -196,7 +197,7 @@ def test_nothing_in_a_capture_waits_for_a_gpu(ops):
         capture.fake_parameters(gpt)
         graphs = Traced(tracing)
         update = GraphedUpdate(CONFIG, ALONE, state_of(gpt), gpt, graphs)
-        for _ in range(graph.WARM_UP + 1):
+        for _ in range(cuda_graph.WARM_UP + 1):
             update.gradients(update.inputs)
             update.apply(1e-3, accepted=True)
     gradients, step = graphs.launched
@@ -219,7 +220,7 @@ def test_a_kernel_is_launched_on_the_stream_that_is_current_then(monkeypatch):
 @pytest.fixture
 def _stand_in_for_a_gpu(monkeypatch):
     """train.py with graphs, on a CPU, where AdamW is fused as on a GPU."""
-    monkeypatch.setattr(graph, "WARM_UP", 1)
+    monkeypatch.setattr(cuda_graph, "WARM_UP", 1)
     monkeypatch.setattr(graph, "require_one_gpu", lambda config, world: None)
     monkeypatch.setattr(graph, "CudaGraphs", StandIn)
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: AdamW(groups, **options | {"fused": True}))
