@@ -126,3 +126,9 @@ def test_parse():
     for wrong, told in {"cuda": "unknown backend", "triton,relu=eager": "unknown op", "triton,gelu": "backend"}.items():
         with pytest.raises(ValueError, match=told):
             ops.parse(wrong, DEVICE)
+
+
+def test_default_backend(monkeypatch):
+    assert [ops.default_backend(device_type) for device_type in ("cuda", "mps", "cpu")] == ["triton", "eager", "eager"]
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)  # as where triton is not installed
+    assert ops.default_backend("cuda") == "eager"
