@@ -17,6 +17,8 @@ from data.shards import write_shard
 from kernels.ops import EAGER, triton_ops
 from model.gpt import GPT, GPTConfig
 from model.llmc import write_model
+from tests.training import ranks
+from training.log import RunLog
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,6 +89,11 @@ def _keep_process_state():
     yield
     signal.signal(signal.SIGINT, handler)
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(autouse=True)
+def _blank_pictures(monkeypatch):
+    monkeypatch.setattr(RunLog, "_figure", ranks.blank_figure)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ class RunLog:
         self.val_losses: list[tuple[int, float]] = []
         self._drawn = 0
         """number of losses in the picture"""
-        self._drawn_at = -math.inf
+        self._drawn_at = time.monotonic()
         self._events = None
 
     def open(self, steps_done: int = 0, tensorboard: bool = False) -> "RunLog":
@@ -97,7 +97,8 @@ class RunLog:
         self._add_metrics(finite)
 
     def validation(self, step: int, loss: float) -> None:
-        """Record the validation loss after a step, in nats. Redraw loss.png if the last one is DRAW_EVERY_S old."""
+        """Record the validation loss after a step, in nats. Draw loss.png if the log, or the last one, is DRAW_EVERY_S
+        old."""
         self.val_losses.append((step, loss))
         self._append("main.log", f"s:{step} tel:{loss:.6f}\n")
         self._add_scalars(step, {"validation/loss": loss})

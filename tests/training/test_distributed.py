@@ -140,15 +140,15 @@ def test_files_do_not_depend_on_the_stage(run_ranks, tmp_path):
     write_model(
         tmp_path / "gpt2_small.bin", GPT(GPTConfig(block_size=32, vocab_size=50257, n_layer=1, n_head=1, n_embd=32))
     )
-    flags = FLAGS | {"val_loss_every": 1, "sample_every": 1, "write_tensors": 1, "grad_clip": 0, "num_iterations": 3}
+    flags = FLAGS | {"val_loss_every": 1, "sample_every": 2, "write_tensors": 1, "grad_clip": 0, "num_iterations": 2}
     flags |= {"model": tmp_path / "gpt2_small.bin", "batch_size": 4}
     runs = [run_ranks(2, zero_stage=stage, **flags) for stage in range(4)]
     for_c = {f"gpt2_small{kind}.bin" for kind in ("", "_bf16", "_debug_state")} | {"model.bin", "gpt2_tokenizer.bin"}
     samples = [[line for line in run.screen.splitlines() if line.startswith("sample: ")] for run in runs]
-    assert len(samples[0]) == 4 and all(text == samples[0] for text in samples)
+    assert len(samples[0]) == 2 and all(text == samples[0] for text in samples)
     for stage, run in enumerate(runs):
         assert {path.name for path in run.output_dir.glob("*.bin")} == for_c
-        assert len(validations(run)) == 4
+        assert len(validations(run)) == 3
         same, *different = filecmp.cmpfiles(runs[0].output_dir, run.output_dir, {*for_c, "main.log"}, shallow=False)
         assert not any(different) and len(same) == 6, different
         hf.export(run.output_dir, tmp_path / f"hf_{stage}", vocabulary_files())

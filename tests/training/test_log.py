@@ -29,14 +29,21 @@ def test_main_log_has_llmc_lines_and_metrics_are_json(tmp_path):
     ]
 
 
+@pytest.fixture(autouse=True)
+def _blank_pictures():
+    """Here they are drawn."""
+
+
 def test_picture_shows_both_curves_and_is_redrawn_but_not_all_the_time(tmp_path, monkeypatch):
     log = RunLog(tmp_path, title="a run").open()
     log.validation(0, 10.0)
+    assert not (tmp_path / "loss.png").exists()  # the log is not ten seconds old
+    log.draw()
     first = imread(tmp_path / "loss.png")
     for step in range(20):
         log.train({"step": step + 1, "loss": 9.0 - step / 8})
     log.validation(19, 6.0)
-    assert (imread(tmp_path / "loss.png") == first).all()  # it is not ten seconds old
+    assert (imread(tmp_path / "loss.png") == first).all()  # nor is the picture
     monkeypatch.setattr("training.log.DRAW_EVERY_S", 0)
     log.validation(20, 5.0)
     second = imread(tmp_path / "loss.png")
@@ -55,6 +62,7 @@ def test_picture_shows_both_curves_and_is_redrawn_but_not_all_the_time(tmp_path,
 def test_title_is_drawn_as_it_stands(tmp_path, title, capfd):
     log = RunLog(tmp_path, title).open()
     log.validation(0, 10.0)
+    log.draw()
     assert imread(tmp_path / "loss.png").shape == (540, 960, 4)
     assert capfd.readouterr() == ("", "")
 
@@ -130,6 +138,7 @@ def test_folder_that_is_gone_is_no_reason_to_stop(tmp_path, capsys):
     log = RunLog(tmp_path / "run").open()
     log.train({"step": 1, "loss": 1.0})
     log.validation(1, 1.0)
+    log.draw()
     (tmp_path / "run").mkdir()
     log.close()
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"main.log", "metrics.jsonl", "loss.png"}
