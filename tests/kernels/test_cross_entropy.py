@@ -259,12 +259,11 @@ def test_logits_used_again_after_the_loss(inplace):
 def test_gradcheck():
     targets = torch.tensor([[3, -1], [0, 2]], device=DEVICE)
     logits = normal(2, 2, 5, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda logits: cross_entropy.cross_entropy(logits, targets), logits)
+    assert torch.autograd.gradcheck(lambda logits: cross_entropy.cross_entropy(logits, targets), logits, fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype", [DTYPES["fp32"], DTYPES["bf16"]], ids=["fp32", "bf16"])
-def test_opcheck(dtype):
-    logits, targets = normal(5, 7, dtype=dtype), here_and_there(ids(5, below=7))
+def test_opcheck():
+    logits, targets = normal(5, 7, dtype=DTYPES["bf16"]), here_and_there(ids(5, below=7))
     for inplace in (False, True):
         torch.library.opcheck(OPS.cross_entropy, (logits.clone().requires_grad_(), targets, -1, inplace))
     saved = OPS.cross_entropy(logits, targets, -1, False)[1:]

@@ -240,11 +240,11 @@ def test_nothing_is_multiplied_for_nobody(needs_dhidden, needs_dweight, enabled,
 def test_gradcheck():
     targets = torch.tensor([1, -1, 0, 2, 2], device=DEVICE)
     hidden, weight = (normal(n, 2, dtype=torch.float64).requires_grad_() for n in (5, 3))
-    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets), (hidden, weight), fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype", [DTYPES["fp32"], DTYPES["bf16"]], ids=["fp32", "bf16"])
-def test_opcheck(dtype):
+def test_opcheck():
+    dtype = DTYPES["bf16"]
     hidden, weight, targets = inputs(6, 9, 4, dtype).values()
     for needs in ((True, True), (True, False), (False, True), (False, False)):
         leaves = (tensor.clone().requires_grad_(need) for tensor, need in zip((hidden, weight), needs, strict=True))

@@ -4,9 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.decomposition import select_decomp_table
 
 from kernels import accuracy, ops
 from kernels.ops import EAGER, SDPA, Ops
@@ -50,7 +47,7 @@ def test_loss_logits_and_gradients(backend, config, return_logits):
     assert_no_worse([accuracy.compare(name, ours[name], eager[name], truth[name], summed[name]) for name in truth])
 
 
-def losses_of_training(backend: Ops, n_steps: int = 10, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def losses_of_training(backend: Ops, n_steps: int = 6, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     gpt = network(SHORT, backend).to(dtype)
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
     losses = []
@@ -63,12 +60,12 @@ def losses_of_training(backend: Ops, n_steps: int = 10, dtype: torch.dtype = tor
     return torch.stack(losses)
 
 
-def test_ten_steps_of_training():
+def test_steps_of_training():
     ours, eager = losses_of_training(TRITON), losses_of_training(EAGER)
     truth = losses_of_training(EAGER, dtype=torch.float64)
     assert truth[-1] < truth[0] - 0.5
     assert_no_worse([accuracy.compare("losses", ours, eager, truth)])
-    assert torch.equal(ours[:3], losses_of_training(TRITON, n_steps=3)), "two runs of the same kernels differ"
+    assert torch.equal(ours[:2], losses_of_training(TRITON, n_steps=2)), "two runs of the same kernels differ"
 
 
 ATOMIC = ("index_put", "scatter_add", "scatter_reduce", "index_add", "index_reduce", "embedding_dense_backward")
@@ -79,6 +76,10 @@ ATOMIC = ("index_put", "scatter_add", "scatter_reduce", "index_add", "index_redu
 def test_one_graph_under_compile(table):
     """With the bits of no graph, although backward recomputes; and without an atomic addition if it is decomposed as
     for a GPU: the sum of an atomic addition has another order on every run."""
+    from functorch.compile import make_boxed_func  # here, since every worker would import them for two seconds
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
     names = []
 
     def look(graph, inputs):
