@@ -228,13 +228,3 @@ def test_no_folder_for_temporary_files(tiny, tmp_path):
     (line,) = done.stderr.splitlines()
     assert line.startswith("train.py: torch has no folder for temporary files (Not a directory); name one")
     assert not (tmp_path / "run").exists()
-
-
-def test_command_line_in_a_process_of_its_own(tmp_path):
-    """The same through the shell: status 2, one line, no traceback."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--no_such_flag", "1"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr == "train.py: unrecognized arguments: --no_such_flag 1; see python train.py --help\n"
-    assert list(tmp_path.iterdir()) == []
