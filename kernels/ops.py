@@ -139,9 +139,9 @@ def triton_ops(device_type: str) -> Ops:
     return table
 
 
-def default_backend(device_type: str) -> str:
+def default_backend(device_type: str, elsewhere: str = "eager") -> str:
     """triton where there is a GPU and triton is installed for it (it is not to be had on Windows)."""
-    return "triton" if device_type == "cuda" and importlib.util.find_spec("triton") else "eager"
+    return "triton" if device_type == "cuda" and importlib.util.find_spec("triton") else elsewhere
 
 
 def parse(spec: str, device_type: str) -> Ops:

@@ -97,17 +97,21 @@ class Decoder:
         """Run the last token of each sequence. What it reads and writes are the tensors of this object, so that it can
         be captured. No sequence has more than n_keys keys; one whose window slides gets logits of no meaning."""
         lengths = self._lengths.clamp(max=self.cache_size)
+        at = lengths - 1
         last = self.ids[self._rows, self._lengths - 1]
         transformer = self.gpt.transformer
-        residual = F.embedding(last, transformer.wte.weight) + F.embedding(lengths - 1, transformer.wpe.weight)
+        residual = F.embedding(last, transformer.wte.weight) + F.embedding(at, transformer.wpe.weight)
+        assert self.cache is not None
+        _, _, B, H, _, D = self.cache.shape
+        where = at[:, None, None, None].expand(2, B, H, 1, D)
 
         def attend(layer: int, attn: Any, qkv: torch.Tensor) -> torch.Tensor:
-            q, kv = qkv.unflatten(-1, (3, attn.n_head, -1)).split((1, 2), dim=1)  # (B, 1, H, D), (B, 2, H, D)
+            q, *kv = qkv.view(B, 3, H, 1, D).unbind(1)  # (B, H, 1, D) each
             assert self.cache is not None
             cache = self.cache[layer]
-            cache[:, self._rows, :, lengths - 1] = kv
+            cache.scatter_(3, where, torch.stack(kv))
             keys, values = cache[:, :, :, :n_keys]
-            return attn.ops.decode_attention(q[:, 0], keys, values, lengths).flatten(1)
+            return attn.ops.decode_attention(q[:, :, 0], keys, values, lengths).flatten(1)
 
         return self.gpt.lm_head(self._run(residual, attend))
 

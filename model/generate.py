@@ -317,7 +317,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("device", "", str, "cuda, mps or cpu (default: the first of them that is there).")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"),
         help="Of weights, cache and matmuls (default: float32).")  # fmt: skip
-    add("backend", "", str, "As in train.py (default: triton on a GPU, eager elsewhere).")
+    add("backend", "", str, "As in train.py (default: triton on a GPU, sdpa elsewhere, where it is faster than eager).")
     parser.add_argument("--json", action="store_true", help="A line of JSON per sample: prompt, text, ids, logprobs "
         "(natural, by the model itself), tok_per_s of the samples made together, first_token_ms.")  # fmt: skip
     args = parser.parse_args(argv)
@@ -382,7 +382,7 @@ def open_model(args: argparse.Namespace) -> GPT:
             f"--device {device}: there is none here; choose from {', '.join(n for n in DEVICES if there[n])}"
         )
     kind = device.partition(":")[0]
-    backend = args.backend or ops.default_backend(kind)
+    backend = args.backend or ops.default_backend(kind, elsewhere="sdpa")
     try:
         torch.empty(0, device=device)
         table = ops.parse(backend, kind)

@@ -43,10 +43,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # and so is this one i
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """Three processes for the whole suite on a CPU: its tests wait, too. None beside this one for a few tests, whose
+    """Four processes for the whole suite on a CPU: its tests wait, too. None beside this one for a few tests, whose
     output may be wanted, or on a GPU, whose memory some tests fill."""
     whole = config.args_source.name == "TESTPATHS"
-    return 3 if whole and not torch.cuda.is_available() else 0
+    return 4 if whole and not torch.cuda.is_available() else 0
 
 
 def pytest_collection_modifyitems(items):
