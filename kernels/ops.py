@@ -140,7 +140,7 @@ def triton_ops(device_type: str) -> Ops:
 
 
 def default_backend(device_type: str, elsewhere: str = "eager") -> str:
-    """triton where there is a GPU and triton is installed for it (it is not to be had on Windows)."""
+    """triton where there is a GPU and triton is installed for it (Windows has none), and `elsewhere` where not."""
     return "triton" if device_type == "cuda" and importlib.util.find_spec("triton") else elsewhere
 
 

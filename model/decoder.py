@@ -101,15 +101,14 @@ class Decoder:
         last = self.ids[self._rows, self._lengths - 1]
         transformer = self.gpt.transformer
         residual = F.embedding(last, transformer.wte.weight) + F.embedding(at, transformer.wpe.weight)
-        assert self.cache is not None
-        _, _, B, H, _, D = self.cache.shape
+        caches = self.cache
+        assert caches is not None
+        _, _, B, H, _, D = caches.shape
         where = at[:, None, None, None].expand(2, B, H, 1, D)
 
         def attend(layer: int, attn: Any, qkv: torch.Tensor) -> torch.Tensor:
             q, *kv = qkv.view(B, 3, H, 1, D).unbind(1)  # (B, H, 1, D) each
-            assert self.cache is not None
-            cache = self.cache[layer]
-            cache.scatter_(3, where, torch.stack(kv))
+            cache = caches[layer].scatter_(3, where, torch.stack(kv))
             keys, values = cache[:, :, :, :n_keys]
             return attn.ops.decode_attention(q[:, :, 0], keys, values, lengths).flatten(1)
 

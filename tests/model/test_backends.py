@@ -133,3 +133,4 @@ def test_default_backend(monkeypatch):
     assert [ops.default_backend(device_type) for device_type in ("cuda", "mps", "cpu")] == ["triton", "eager", "eager"]
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)  # as where triton is not installed
     assert ops.default_backend("cuda") == "eager"
+    assert ops.default_backend("cpu", elsewhere="sdpa") == "sdpa"

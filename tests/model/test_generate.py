@@ -487,6 +487,11 @@ def test_bad_input_is_one_line(run, flags, told):
         assert word in line, line
 
 
+def test_a_cpu_takes_torchs_attention_unless_told_otherwise(speaks_gpt2):
+    for words, want in (([], SDPA), (["--backend", "eager"], EAGER)):
+        assert generate.open_model(generate.parse([speaks_gpt2, "--device", "cpu", *words])).ops == want
+
+
 def test_bad_files_are_one_line(run, tiny, tmp_path):
     empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
     empty.write_text(" \n\n")
