@@ -1,5 +1,6 @@
 """`python -m bench generate`: greedy tokens per second of d12 on the CPU, in fp32 with random weights, against
-transformers' generate, which has a cache too, and against a whole forward pass of eager per token."""
+transformers' generate, which has a cache too, and against whole forward passes of eager, one per token, as needed
+without a cache."""
 
 import statistics
 import time
@@ -14,8 +15,9 @@ from model.decoder import Decoder, pack_weights
 from model.gpt import GPT, PRESETS
 from model.hf import to_hf
 
-PROMPT, NEW = 128, 128  # tokens; a pass without a cache is over the mean length, 192
-PASSES = 8  # without a cache, of one sequence each
+PROMPT, NEW = 128, 128  # tokens
+LENGTHS = range(PROMPT + NEW // 16, PROMPT + NEW, NEW // 8)
+"""of passes without a cache: eight of the 128, evenly spread"""
 
 
 def main(rounds: int) -> int:
@@ -33,8 +35,8 @@ def main(rounds: int) -> int:
 
     @torch.no_grad()
     def passes(idx: torch.Tensor) -> None:
-        for _ in range(PASSES // len(idx)):
-            plain(idx.repeat(1, 2)[:, : PROMPT + NEW // 2])
+        for length in LENGTHS:
+            plain(idx.repeat(1, 2)[:, :length])
 
     how = {"do_sample": False, "min_new_tokens": NEW, "max_new_tokens": NEW, "pad_token_id": 0}
     for i in range(2 * rounds):
@@ -45,7 +47,7 @@ def main(rounds: int) -> int:
         calls: list[tuple[str, Callable, int]] = [
             ("ours", partial(ours, idx), B * NEW),
             ("transformers", transformers, B * NEW),
-            ("without a cache", partial(passes, idx), PASSES),
+            ("without a cache", partial(passes, idx), B * len(LENGTHS)),
         ]
         for name, call, n_tokens in calls:
             started = time.perf_counter()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kernels.ops import EAGER
 from kernels.sublayer import Stream
 from model.cuda_graph import CudaGraphs, GraphedCall
 
@@ -160,13 +161,15 @@ class PackedLinear(torch.nn.Module):
 
 def pack_weights(gpt: Any) -> None:
     """Replace the linear layers of a network in fp32 on a CPU, for inference with a few rows: MKL reads a matrix for
-    eight rows at half the speed. Where torch lacks oneDNN, nothing happens. The head's copy is beside the token
-    embedding, which is not packed."""
+    eight rows at half the speed. Eager's GELU goes too: its eight operators take a tenth of a step's time. Where torch
+    lacks oneDNN, nothing happens. The head's copy is beside the token embedding, which is not packed."""
     if not torch.backends.mkldnn.is_available() or gpt.transformer.wte.weight.dtype != torch.float32:
         return
     for block in gpt.transformer.h:
         block.attn.c_attn, block.attn.c_proj = PackedLinear(block.attn.c_attn), PackedLinear(block.attn.c_proj)
         block.mlp.c_fc, block.mlp.c_proj = PackedLinear(block.mlp.c_fc), PackedLinear(block.mlp.c_proj)
+        if gpt.ops.gelu is EAGER.gelu:
+            block.mlp = torch.nn.Sequential(block.mlp.c_fc, torch.nn.GELU("tanh"), block.mlp.c_proj)
     gpt.lm_head = PackedLinear(gpt.lm_head)
 
 

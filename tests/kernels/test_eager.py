@@ -1,5 +1,6 @@
 """The reference against its formulas, written out in NumPy's float64, and its gradients against finite differences."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -71,11 +72,11 @@ def attention_formula(qkv: np.ndarray) -> np.ndarray:
     return y
 
 
-def decode_formula(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+def decode_formula(q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: torch.Tensor) -> np.ndarray:
     """One head at a time, over the keys that its sequence has."""
     out = np.empty_like(q)
     for b, h in np.ndindex(q.shape[:2]):
-        keys, values = (x[b, h, : LENGTHS[b]] for x in (k, v))
+        keys, values = (x[b, h, : lengths[b]] for x in (k, v))
         p = np.exp(keys @ q[b, h] / math.sqrt(q.shape[-1]))
         out[b, h] = (p / p.sum()) @ values
     return out
@@ -101,8 +102,11 @@ class Case(NamedTuple):
     inputs: tuple[torch.Tensor, ...]
 
 
-LENGTHS = torch.tensor([1, 4])
-CACHE = normal(B, H, C), normal(B, H, T, C), normal(B, H, T, C, seed=1)
+def decode_case(op: Callable, *lengths: int) -> Case:
+    cache, of_keys = (normal(B, H, C), normal(B, H, T, C), normal(B, H, T, C, seed=1)), torch.tensor(lengths)
+    return Case(functools.partial(op, lengths=of_keys), functools.partial(decode_formula, lengths=of_keys), cache)
+
+
 IDX, TARGETS = ids(B, T, below=V), targets_with_gaps()
 X, BRANCH, WEIGHT, BIAS = normal(B, T, C, mean=5.0), normal(B, T, C, seed=1), normal(C, seed=2), normal(C, seed=3)
 CASES = {
@@ -118,8 +122,9 @@ CASES = {
     "gelu": Case(eager.gelu, gelu_formula, (3 * BRANCH,)),
     "attention": Case(lambda qkv: eager.attention(qkv, H), attention_formula, (normal(B, T, 3 * C),)),
     "sdpa_attention": Case(lambda qkv: eager.sdpa_attention(qkv, H), attention_formula, (normal(B, T, 3 * C),)),
-    "decode_attention": Case(lambda q, k, v: eager.decode_attention(q, k, v, LENGTHS), decode_formula, CACHE),
-    "sdpa_decode_attention": Case(lambda q, k, v: eager.sdpa_decode_attention(q, k, v, LENGTHS), decode_formula, CACHE),
+    "decode_attention": decode_case(eager.decode_attention, 1, T),
+    "sdpa_decode_attention": decode_case(eager.sdpa_decode_attention, 1, T),
+    "sdpa_decode_attention of full caches": decode_case(eager.sdpa_decode_attention, T, T),
     "cross_entropy": Case(
         lambda logits: eager.cross_entropy(logits, TARGETS),
         lambda logits: cross_entropy_formula(logits, TARGETS.numpy()),

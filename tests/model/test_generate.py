@@ -1,5 +1,6 @@
 """Generation: the cache changes nothing, sampling is what it says, and the command line, also at a terminal."""
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -255,10 +256,9 @@ def test_a_step_as_a_cuda_graph(ops):
 def test_packed_weights_give_the_same_text(monkeypatch):
     gpt, packed = network(EAGER).cpu(), network(EAGER).cpu()
     pack_weights(packed)
-    linears = [module for module in packed.modules() if isinstance(module, PackedLinear)]
-    assert len(linears) == 4 * gpt.config.n_layer + 1 and not any(
-        isinstance(m, torch.nn.Linear) for m in packed.modules()
-    )
+    kinds = collections.Counter(map(type, packed.modules()))
+    assert (kinds[PackedLinear], kinds[torch.nn.GELU]) == (4 * gpt.config.n_layer + 1, gpt.config.n_layer)
+    assert torch.nn.Linear not in kinds
     idx = torch.tensor([PROMPTS[0]])
     torch.testing.assert_close(packed(idx)[0], gpt(idx)[0])
     assert with_cache(packed, PROMPTS, 9) == with_cache(gpt, PROMPTS, 9)
@@ -266,6 +266,21 @@ def test_packed_weights_give_the_same_text(monkeypatch):
     pack_weights(gpt)
     pack_weights(network(EAGER).cpu().to(torch.bfloat16))
     assert not any(isinstance(module, PackedLinear) for module in gpt.modules())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_packed_weights_leave_a_gelu_kernel_in_use():
+    n_calls = 0
+
+    def gelu(x: torch.Tensor) -> torch.Tensor:
+        nonlocal n_calls
+        n_calls += 1
+        return EAGER.gelu(x)
+
+    gpt = network(EAGER._replace(gelu=gelu)).cpu()
+    pack_weights(gpt)
+    gpt(torch.tensor([PROMPTS[0]]))
+    assert n_calls == gpt.config.n_layer
 
 
 # Sampling
