@@ -287,7 +287,7 @@ class GPT(nn.Module):
             idx: (B, T) int64 token ids, T <= block_size.
             targets: (B, T) int64, the ids to predict; −1 is ignored. None for predictions only.
             return_logits: False if the logits are not needed, so that no backend spends time or memory on them.
-            positions: (n,) int64 indices into idx.flatten(), where logits are needed if there are no targets.
+            positions: (n,) int64 indices into idx.flatten(), where logits are needed. Not with targets.
 
         Returns:
             (logits, loss). With targets: logits (B, T, V) and the mean loss in nats, (). Without: logits at
@@ -295,10 +295,12 @@ class GPT(nn.Module):
             False.
 
         Raises:
-            ValueError: T is larger than block_size.
+            ValueError: T is larger than block_size, or both targets and positions are given.
         """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"a sequence of {idx.shape[1]} tokens is longer than block_size {self.config.block_size}")
+        if targets is not None and positions is not None:
+            raise ValueError("with targets, logits are computed at all positions; give targets or positions, not both")
         wte, wpe = self.transformer.wte, self.transformer.wpe
         if hooked(wte) or hooked(wpe):
             residual = wte(idx) + wpe(torch.arange(idx.shape[1], device=idx.device))

@@ -318,7 +318,8 @@ def _read_header(path: str | Path, file: BinaryIO, magic: int, versions: tuple[i
     content = file.read(HEADER_BYTES)
     if len(content) < HEADER_BYTES:
         raise BadInput(
-            f"{path}: cut short: {len(content)} bytes, and a header alone has {HEADER_BYTES}; name {what} that is whole"
+            f"{path}: cut short: {len(content)} bytes, and a header alone has {HEADER_BYTES}; name {what} that is "
+            "intact"
         )
     header = np.frombuffer(content, "<i4").tolist()
     if header[0] != magic:

@@ -179,7 +179,7 @@ def test_slurm_job_starts_all_ranks_again_or_is_queued_again(environment, tmp_pa
 
 
 @pytest.mark.slow  # the script is tested above, and signals to ranks in test_faults.py
-def test_slurm_job_saves_when_its_time_is_up_and_goes_on_when_it_comes_back(environment, tiny, tmp_path):
+def test_slurm_job_saves_when_its_time_is_up_and_resumes_when_requeued(environment, tiny, tmp_path):
     for name in ("train.py", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     flags = tiny | {"--num_iterations": "60", "--zero_stage": "1", "--output_dir": str(tmp_path / "run")}
@@ -217,7 +217,7 @@ TORCHRUN = {"NODES": "1", "RENDEZVOUS": "localhost:0", "RUN": "tiny", "RANKS_PER
 
 
 @pytest.mark.slow  # test_faults.py has torchrun's agent without the script
-def test_torchrun_script_passes_signals_on_and_goes_on(environment, tiny, tmp_path):
+def test_torchrun_script_forwards_signals_and_resumes(environment, tiny, tmp_path):
     """One start ends by SIGUSR1, the next one resumes and ends by SIGTERM."""
     flags = tiny | {"--num_iterations": "1000", "--zero_stage": "3", "--output_dir": str(tmp_path / "run")}
     command, log = [str(ROOT / "scripts" / "torchrun.sh"), *command_line(flags)], tmp_path / "run" / "main.log"

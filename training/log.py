@@ -34,7 +34,7 @@ except ImportError:  # Windows
 LONGEST_LINE = 1 << 16
 """bytes of a line of metrics.jsonl"""
 DRAW_EVERY_S = 10
-"""seconds between pictures while a run goes on: a picture takes longer than a step of a small network"""
+"""seconds between pictures during a run: a picture takes longer than a step of a small network"""
 UPDATES = ("trl", "metrics")
 """kinds of lines that belong to an update; the others are about the weights after one"""
 

@@ -1,4 +1,4 @@
-"""From text to shards: the tokens of every corpus, derived here; a folder that is whole or not there."""
+"""From text to shards: the tokens of every corpus, derived here; a folder that is complete or not there."""
 
 import contextlib
 import errno

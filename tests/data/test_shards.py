@@ -50,7 +50,7 @@ def test_tokens_are_mapped_and_not_read(tmp_path):
         (b"", "0 bytes are less than the header"),
     ],
 )
-def test_what_is_no_whole_shard_is_refused_by_name(tmp_path, content, told):
+def test_damaged_shard_is_refused_by_name(tmp_path, content, told):
     path = tmp_path / "bad.bin"
     path.write_bytes(content)
     with pytest.raises(BadInput, match=told) as refused:

@@ -273,7 +273,7 @@ def test_opcheck():
 
 
 @inplaces
-def test_compiles_whole(inplace):
+def test_compiles_as_one_graph(inplace):
     targets = here_and_there(ids(6, below=61))
 
     def loss_of(hidden, weight):

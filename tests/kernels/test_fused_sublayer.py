@@ -151,7 +151,7 @@ def test_the_same_bits_whatever_is_recomputed(n_head, ops, dtype):
 
 @KINDS
 def test_the_first_half_has_no_branch(n_head):
-    """Its residual goes on as it is. The gradient that comes back for it is added within the op."""
+    """Its residual is passed on unchanged. The gradient that comes back for it is added within the op."""
 
     def first(ops: Ops):
         return lambda residual, *rest: half(ops)(residual, None, None, *rest)

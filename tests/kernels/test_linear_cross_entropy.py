@@ -254,7 +254,7 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiles_whole(autocast):
+def test_compiles_as_one_graph(autocast):
     given = inputs(6, 61, 16)
 
     def loss(hidden, weight, targets):

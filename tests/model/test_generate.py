@@ -154,7 +154,7 @@ def test_samples_are_what_each_gives_alone(top_k):
     gpt, sampling = network(), Sampling(temperature=1.5, top_k=top_k, top_p=0.9, repetition_penalty=1.2)
     together = list(generate.generate(gpt, PROMPTS, 9, sampling, seeds=range(8)))
     for row in range(8):
-        (alone) = generate.generate(gpt, [PROMPTS[row // 2]], 9, sampling, seeds=[row])
+        alone = generate.generate(gpt, [PROMPTS[row // 2]], 9, sampling, seeds=[row])
         assert [tokens[0].id for tokens in alone] == [tokens[row].id for tokens in together]
     assert len({tuple(tokens[row].id for tokens in together) for row in (0, 1)}) == 2
 
@@ -361,7 +361,7 @@ def bytewise(text: str) -> list[bytes]:
     return [bytes([byte]) for byte in text.encode()]
 
 
-def test_characters_are_given_out_whole():
+def test_only_whole_characters_are_printed():
     assert texts(*bytewise("aé😀b"))[0] == ["a", "", "é", "", "", "", "😀", "b"]
     assert texts(b"a", b"\xf0")[0] == ["a", "�"]
     assert texts(b"\xf0", b"a", b"b")[0] == ["", "�a", "b"]

@@ -182,6 +182,8 @@ def test_forward_with_and_without_targets():
     some, no_loss = gpt(idx, positions=torch.tensor([13, 0, 21]))
     assert no_loss is None
     torch.testing.assert_close(some, torch.stack([logits[1, 2], logits[0, 0], logits[1, 10]]))
+    with pytest.raises(ValueError, match="targets or positions, not both"):
+        gpt(idx, targets, positions=torch.tensor([13]))
 
 
 def test_sequence_longer_than_the_block():

@@ -274,7 +274,7 @@ def test_file_of_another_kind(tmp_path, kind):
 
 
 @kinds
-def test_file_that_is_not_whole(tmp_path, kind):
+def test_truncated_file(tmp_path, kind):
     write, read = WRITERS[kind]
     path = tmp_path / "file.bin"
     write(path)

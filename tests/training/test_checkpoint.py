@@ -1,4 +1,4 @@
-"""Checkpoints: what is resumed is the run that was never cut; what is not whole is refused by name."""
+"""Checkpoints: what is resumed is the run that was never cut; a damaged one is refused by name."""
 
 import ctypes
 import dataclasses
@@ -332,7 +332,7 @@ def test_folder_is_held_before_a_checkpoint_in_it_is_chosen(run_tiny, whole, mon
     assert len(asked) == 3
 
 
-def test_run_goes_on_through_a_link_to_its_folder(run_tiny, whole, tmp_path):
+def test_run_resumes_through_a_link_to_its_folder(run_tiny, whole, tmp_path):
     (tmp_path / "link").symlink_to(whole.output_dir)
     run = run_tiny(**FLAGS, resume=whole.output_dir / "checkpoints" / "step_10", output_dir=tmp_path / "link")
     assert "10 of 20 steps are done" in run.screen and len(run.metrics) == 20
@@ -348,7 +348,7 @@ def test_run_whose_name_looks_like_a_checkpoint(run_tiny, whole, tmp_path, capsy
     assert "no checkpoint there" in capsys.readouterr().err
 
 
-def test_disk_with_room_for_one_more_checkpoint_is_enough_to_go_on(run_tiny, capsys, monkeypatch):
+def test_disk_with_room_for_one_more_checkpoint_is_enough(run_tiny, capsys, monkeypatch):
     P = TINY.num_params()
     room = SimpleNamespace(free=4 * P + 3 * 12 * P)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
@@ -391,7 +391,7 @@ def test_log_is_on_disk_before_the_checkpoint_that_follows_it(run_tiny, monkeypa
     assert events == ["sync", 10, "sync", 20]
 
 
-def test_auto_begins_a_run_and_goes_on_with_one_that_had_no_checkpoint(run_tiny, tmp_path, capsys):
+def test_auto_starts_a_run_and_restarts_one_without_a_checkpoint(run_tiny, tmp_path, capsys):
     first = run_tiny(**FLAGS, resume="auto", checkpoint_every=50)
     shutil.rmtree(first.output_dir / "checkpoints")
     again = run_tiny(**FLAGS, resume="auto", output_dir=first.output_dir)
@@ -403,7 +403,7 @@ def test_auto_begins_a_run_and_goes_on_with_one_that_had_no_checkpoint(run_tiny,
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_training_goes_on_while_one_save_is_under_way(run_tiny, monkeypatch):
+def test_training_continues_while_one_save_is_under_way(run_tiny, monkeypatch):
     """Writing takes as long as four steps: it is waited for at the next save and at the end, and not between."""
     write, rename = checkpoint._Writer.write_data, os.rename
     events, threads = [], set()
@@ -475,7 +475,7 @@ def let_permissions_count() -> None:
 @pytest.mark.parametrize(
     ("how", "told", "zero_stage"), [("full", "No space left on device", 3), ("permission", "Permission denied", 0)]
 )
-def test_save_that_fails_is_reported_and_the_run_goes_on(run_ranks, how, told, zero_stage):
+def test_failed_save_is_reported_and_the_run_continues(run_ranks, how, told, zero_stage):
     flags = FLAGS | {"num_iterations": 8, "batch_size": STRIDE // 2, "zero_stage": zero_stage}
     undisturbed = run_ranks(2, **flags)
     run = run_ranks(2, obstruct, (how,), **flags, checkpoint_every=2, keep=9)
@@ -524,7 +524,7 @@ def preempt(rank: int, moment: str, number: int) -> None:
     ("moment", "number", "zero_stage"),
     [("step", signal.SIGTERM, 0), ("validation", signal.SIGUSR1, 3), ("save", signal.SIGTERM, 1)],
 )
-def test_preempted_run_saves_and_goes_on_as_if_nothing_had_been(run_ranks, moment, number, zero_stage):
+def test_preempted_run_saves_and_resumes_bitwise_identical(run_ranks, moment, number, zero_stage):
     flags = FLAGS | {"num_iterations": 12, "batch_size": STRIDE // 2, "zero_stage": zero_stage}
     every = {"checkpoint_every": 6 if moment == "save" else 0}
     whole = run_ranks(2, **flags)
@@ -554,7 +554,7 @@ def hold_at_step_5(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="folders have locks on Linux")
-def test_second_run_in_one_folder_is_refused_and_the_first_goes_on(start_ranks, run_ranks, tmp_path):
+def test_second_run_in_one_folder_is_refused_and_the_first_continues(start_ranks, run_ranks, tmp_path):
     """As when a job is queued again while the machine still runs it."""
     flags = FLAGS | {"num_iterations": 8, "batch_size": STRIDE // 2, "checkpoint_every": 2, "resume": "auto"}
     whole = run_ranks(2, **flags)

@@ -75,7 +75,7 @@ def test_values_that_are_not_finite_never_pass_and_too_many_in_a_row_stop():
             guard.reason_to_skip("step 9, a file", math.nan, 1.0)
 
 
-def test_guard_goes_on_from_its_state():
+def test_guard_resumes_from_its_state():
     draw = random.Random(7)
     values = [(draw.gauss(4, 0.1), draw.gauss(1, 0.1)) for _ in range(300)]
     whole, first, second = (UpdateGuard(2.0, 2.0) for _ in range(3))
@@ -138,7 +138,7 @@ def test_nan_on_one_rank_is_skipped_on_all_and_named(run_ranks, tiny, what, zero
     assert told.startswith(f"step 3, {file} from token {2 * 256}: ") and "norm is nan" in told
     assert ("loss is nan" in told) == (what == "loss")
     assert all(weight.isfinite().all() for weight in weights_of(run).values())
-    assert run.losses[-1] < 4.1  # it goes on to learn
+    assert run.losses[-1] < 4.1  # it continues to learn
 
 
 def test_run_that_is_not_finite_any_more_stops_and_leaves_the_last_good_checkpoint(start_ranks, run_ranks):
@@ -243,7 +243,7 @@ def test_others_say_which_rank_died_or_hangs_and_end(start_ranks, how, zero_stag
 
 
 def die_in_step_9(rank: int, checkpoints: Path) -> None:
-    """Kill rank 1 of the first attempt, once the checkpoint of step 6 is whole."""
+    """Kill rank 1 of the first attempt, once the checkpoint of step 6 is complete."""
 
     def die(step: int) -> None:
         if step == 9:
