@@ -123,8 +123,9 @@ def register(
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype to which autocast would cast a matmul's input of this dtype. Autocast does not reach custom ops."""
-    if device.type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+    device_type = device.type  # a new string each time
+    if device_type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
     return dtype
 
 

@@ -41,14 +41,14 @@ def fused(
     residual, branch, branch_bias = stream
     tensors = [t for t in (*stream, *norm, *linear, *out) if t is not None]
     device, C = residual.device, residual.shape[-1]
-    dtype = autocast_dtype(device, residual.dtype)
-    is_cast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    dtype, device_type = autocast_dtype(device, residual.dtype), device.type
+    is_cast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     dtypes = {t.dtype for t in tensors}
     if not (dtypes <= {torch.float32, dtype} if is_cast else len(dtypes) == 1 and dtype in FLOATS):
         return None
     wide = 4 * C if n_head is None else 3 * C
     shapes = [(C,), (C,), (wide, C), (wide,), (C, 4 * C if n_head is None else C), (C,)]
-    if [tuple(t.shape) for t in (*norm, *linear, *out)] != shapes or any(t.device != device for t in tensors):
+    if [t.shape for t in (*norm, *linear, *out)] != shapes or {t.device for t in tensors} != {device}:
         return None
     if residual.dim() != 3 or (branch is not None and branch.shape != residual.shape):
         return None
@@ -60,12 +60,12 @@ def fused(
     parameters = *norm, *linear, out_weight, None if leave_bias else out_bias
     suspends = is_cast and not torch.compiler.is_compiling()  # _forward makes every cast; autocast would look for more
     if suspends:
-        torch.set_autocast_enabled(device.type, False)
+        torch.set_autocast_enabled(device_type, False)
     try:
         r, branch = _sublayer(residual, branch, branch_bias, *parameters, n_head, level, dtype)
     finally:
         if suspends:
-            torch.set_autocast_enabled(device.type, True)
+            torch.set_autocast_enabled(device_type, True)
     residual = _through(residual, r) if stream.branch is None else r
     return Stream(residual, branch, out_bias if leave_bias else None)
 
@@ -199,24 +199,22 @@ def _backward(
 ) -> Nine:
     """Gradients of the first nine arguments of `_forward`. Empty where bit i of `needed` is 0, and for a branch of the
     residual's dtype, since its gradient is the same."""
-    shape = h.shape
     cast, cast_out = (w if _is_nothing(c) else c for c, w in ((cast, weight), (cast_out, out_weight)))
     if _is_nothing(normed):
         normed, _ = layer_norm.forward(r, norm_weight, norm_bias, h.dtype)
     if _is_nothing(x):
         x = gelu.forward(h)
-    dout, x, h, normed = (t.flatten(0, -2) for t in (dout, x, h, normed))
+    dout = dout.flatten(0, -2)
     dx = dout.mm(cast_out)
-    dout_weight = _weight_gradient(dout, x, out_weight.dtype) if needed >> 7 & 1 else _nothing(r)
+    dout_weight = _weight_gradient(dout, x.flatten(0, -2), out_weight.dtype) if needed >> 7 & 1 else _nothing(r)
     dout_bias = dout.sum(0, dtype=out_bias.dtype) if needed >> 8 & 1 and out_bias is not None else _nothing(r)
     dbias = torch.empty_like(bias)
     if n_head is None:
-        dh = gelu.backward_with_dbias(dx, h, dbias)
+        dh = gelu.backward_with_dbias(dx, h.flatten(0, -2), dbias)
     else:
-        dx, o = (t.view(*shape[:-1], shape[-1] // 3) for t in (dx, x))
-        dh = attention.packed_backward(dx, h.view(shape), o, lse, n_head, dbias).view(h.shape)
+        dh = attention.packed_backward(dx.view(x.shape), h, x, lse, n_head, dbias).flatten(0, -2)
     dnormed = dh.mm(cast).view(r.shape)
-    dweight = _weight_gradient(dh, normed, weight.dtype) if needed >> 5 & 1 else _nothing(r)
+    dweight = _weight_gradient(dh, normed.flatten(0, -2), weight.dtype) if needed >> 5 & 1 else _nothing(r)
     dresidual, dbranch, dnorm_weight, dnorm_bias, dbranch_bias = layer_norm.backward(
         *(dnormed, dr, r, statistics, norm_weight, residual_dtype, branch_dtype or residual_dtype, norm_bias.dtype),
         None if branch_bias is None else branch_bias.dtype,

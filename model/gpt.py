@@ -173,13 +173,14 @@ class Block(nn.Module):
         """In one call; module by module if a hook or a replaced module wants to see one of them."""
         linears = list(part.children())
         # By the method, since FSDP makes subclasses.
-        is_ours = type(part).forward in (CausalSelfAttention.forward, MLP.forward)
+        is_attention = type(part).forward is CausalSelfAttention.forward
+        is_ours = is_attention or type(part).forward is MLP.forward
         is_plain = is_ours and {*map(type, linears)} == {nn.Linear}
         if type(norm) is not LayerNorm or not is_plain or any_hooked((norm, *linears)) or hooked_besides_fsdp(part):
             residual, normed = norm.add(stream)
             return Stream(residual, part(normed))
         # FSDP frees the parameters of a block after its last half, whose bias nobody could add later.
-        leave_bias = part is self.attn or not hooked(part)
+        leave_bias = is_attention or not hooked(part)
         half = Half(stream.branch, stream.bias, (norm.weight, norm.bias), self.recompute, leave_bias)
         return part(stream.residual, half)
 

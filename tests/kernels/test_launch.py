@@ -1,6 +1,7 @@
 """What launches depend on: torch's settings of precision, dry runs and trials."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,3 +102,40 @@ def test_a_trial_is_for_its_op_and_its_block():
     with trial:
         ours = gelu.gelu(x)
     assert torch.equal(ours, gelu.gelu(x))
+
+
+def test_a_compiled_kernel_is_launched_again_for_calls_of_its_kind(monkeypatch):
+    """A stand-in for Triton's JIT. It would compile for other dtypes, alignments, missing tensors and numbers."""
+    compiled, launched = [], []
+
+    class Jit:
+        arg_names = ("x_ptr", "y_ptr", "n", "BLOCK_N")
+
+        def __getitem__(self, grid):
+            return self.compile
+
+        def compile(self, *args, **constants):
+            compiled.append(args)
+            return SimpleNamespace(function=0, packed_metadata=0, run=lambda *args: launched.append(args[-4:]))
+
+    stream = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 0))
+    monkeypatch.setattr(launch.triton.runtime, "driver", stream)
+    monkeypatch.setattr(launch, "_compiled", {})
+    jit, (x, y, other) = Jit(), (torch.zeros(64) for _ in range(3))
+    kinds = [
+        *[(x, y, 64, "a"), (x, y, 63, "a"), (x, y, 64, "b"), (x, None, 64, "a")],
+        *[
+            (x.half(), y, 64, "a"),
+            (x, y.half(), 64, "a"),
+            (x[1:], y, 64, "a"),
+            (x, y[1:], 64, "a"),
+            (x[2:], y, 64, "a"),
+        ],
+    ]
+    for _ in range(2):
+        for x, y, n, also in kinds:
+            assert launch.run(jit, (x, y), (n,), lambda: ((1,), {"BLOCK_N": 32}), also)
+    assert len(compiled) == len(launched) == len(kinds)
+    assert launched == [(x.data_ptr(), 0 if y is None else y.data_ptr(), n, 32) for x, y, n, _ in kinds]
+    assert launch.run(jit, (other, kinds[0][1]), (64,), lambda: ((1,), {"BLOCK_N": 32}), "a")
+    assert len(compiled) == len(kinds) and launched[-1][0] == other.data_ptr()
