@@ -1,6 +1,6 @@
 """`python -m bench generate`: greedy tokens per second of d12 on the CPU, in fp32 with random weights, against
-transformers' generate, which has a cache too, and against whole forward passes of eager, one per token, as needed
-without a cache."""
+transformers' generate, which has a cache too, and against generation without one: a whole forward pass of eager per
+token."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ from model.hf import to_hf
 
 PROMPT, NEW = 128, 128  # tokens
 LENGTHS = range(PROMPT + NEW // 16, PROMPT + NEW, NEW // 8)
-"""of passes without a cache: eight of the 128, evenly spread"""
+"""of the passes without a cache that are timed: eight of the 128, evenly spread"""
 
 
 def main(rounds: int) -> int:

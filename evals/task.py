@@ -50,7 +50,7 @@ class Task:
         return []
 
     def figures(self, scores: Scores) -> dict[str, float]:
-        """The results by name."""
+        """The results by name. Each task computes its own."""
         raise NotImplementedError
 
     def digest(self) -> str:

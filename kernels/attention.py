@@ -23,7 +23,6 @@ times as many backward, where 3.5 times as many are executed.
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -266,7 +265,7 @@ def _launch(
     tensors = [x for x, _ in heads]
     if type(tensors[0]) not in PLAIN:  # who counts launches on fake tensors sees the shape (B, H, T, D)
         tensors = [x.as_strided(shape, strides) for x, strides in heads]
-    numbers = (*itertools.chain.from_iterable(strides for _, strides in heads), shape[1], shape[2])
+    numbers = (*(stride for _, strides in heads for stride in strides), shape[1], shape[2])
     precision = launch.fp32_dot_precision() if tensors[0].dtype == torch.float32 else "ieee"
     launch.run(
         kernel,

@@ -48,7 +48,7 @@ def fused(
         return None
     wide = 4 * C if n_head is None else 3 * C
     shapes = [(C,), (C,), (wide, C), (wide,), (C, 4 * C if n_head is None else C), (C,)]
-    if [t.shape for t in (*norm, *linear, *out)] != shapes or {t.device for t in tensors} != {device}:
+    if [t.shape for t in (*norm, *linear, *out)] != shapes or any(t.device != device for t in tensors):
         return None
     if residual.dim() != 3 or (branch is not None and branch.shape != residual.shape):
         return None

@@ -11,8 +11,6 @@ spill 8 or 16 bytes where head_dim, T or a width is odd, or in LayerNorm's backw
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from itertools import repeat
-from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -328,11 +326,9 @@ def run(
             return run(kernel, tensors, numbers, configure, also)
     key = None
     if type(first) in PLAIN:  # fake tensors, with which launches are counted, have no memory
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        dtypes = map(getattr, tensors, repeat("dtype"), repeat(None))
-        # Nearly always all are aligned, and a reduction is faster than a loop.
-        alignments = [pointer % 16 for pointer in pointers] if functools.reduce(or_, pointers) % 16 else ()
-        key = (id(kernel), index, also, *numbers, *dtypes, *alignments)
+        pointers = [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
+        dtypes = [tensor is None or tensor.dtype for tensor in tensors]
+        key = (id(kernel), index, also, *numbers, *dtypes, *[pointer and pointer % 16 for pointer in pointers])
         launch_again = _compiled.get(key)
         if launch_again:
             launch_again(pointers, numbers)
@@ -353,7 +349,7 @@ def _launcher(compiled: Any, grid: tuple[int, ...], device: int, constexprs: lis
     grid = (*grid, 1, 1)[:3]
     launch, stream_of = compiled.run, triton.runtime.driver.active.get_current_stream
 
-    def launch_again(pointers: Sequence[int], numbers: Sequence[int | float | None]) -> None:
+    def launch_again(pointers: Sequence[int | None], numbers: Sequence[int | float | None]) -> None:
         launch(*grid, stream_of(device), *before, *pointers, *numbers, *constexprs)
 
     return launch_again

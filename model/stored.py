@@ -156,7 +156,7 @@ class _Saved:
         return StoredTensor(shape, dtype, read)
 
     def content(self, key: str) -> bytearray:
-        """The bytes of a storage."""
+        """The bytes of a storage. Each kind of file reads its own."""
         raise NotImplementedError
 
 

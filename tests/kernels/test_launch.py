@@ -1,4 +1,4 @@
-"""What launches depend on: torch's settings of precision, dry runs and trials."""
+"""What launches depend on: torch's settings of precision, dry runs, trials, and what is compiled already."""
 
 import itertools
 from types import SimpleNamespace
@@ -105,7 +105,7 @@ def test_a_trial_is_for_its_op_and_its_block():
 
 
 def test_a_compiled_kernel_is_launched_again_for_calls_of_its_kind(monkeypatch):
-    """A stand-in for Triton's JIT. It would compile for other dtypes, alignments, missing tensors and numbers."""
+    """A stand-in for Triton's JIT, which would compile for other dtypes, alignments, missing tensors and numbers."""
     compiled, launched = [], []
 
     class Jit:
@@ -118,24 +118,30 @@ def test_a_compiled_kernel_is_launched_again_for_calls_of_its_kind(monkeypatch):
             compiled.append(args)
             return SimpleNamespace(function=0, packed_metadata=0, run=lambda *args: launched.append(args[-4:]))
 
-    stream = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 0))
-    monkeypatch.setattr(launch.triton.runtime, "driver", stream)
+    jit = Jit()
+
+    def run(x, y, n, also) -> tuple:
+        assert launch.run(jit, (x, y), (n,), lambda: ((1,), {"BLOCK_N": 32}), also)
+        return x.data_ptr(), y if y is None else y.data_ptr(), n, 32
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 0))
+    monkeypatch.setattr(launch.triton.runtime, "driver", driver)
     monkeypatch.setattr(launch, "_compiled", {})
-    jit, (x, y, other) = Jit(), (torch.zeros(64) for _ in range(3))
+    x, y, other = (torch.zeros(64) for _ in range(3))
     kinds = [
-        *[(x, y, 64, "a"), (x, y, 63, "a"), (x, y, 64, "b"), (x, None, 64, "a")],
-        *[
-            (x.half(), y, 64, "a"),
-            (x, y.half(), 64, "a"),
-            (x[1:], y, 64, "a"),
-            (x, y[1:], 64, "a"),
-            (x[2:], y, 64, "a"),
-        ],
+        (x, y, 64, "a"),
+        (x, y, 63, "a"),
+        (x, y, 64, "b"),
+        (x, None, 64, "a"),
+        (x.half(), y, 64, "a"),
+        (x, y.half(), 64, "a"),
+        (x[1:], y, 64, "a"),
+        (x, y[1:], 64, "a"),
+        (x[2:], y, 64, "a"),
     ]
-    for _ in range(2):
-        for x, y, n, also in kinds:
-            assert launch.run(jit, (x, y), (n,), lambda: ((1,), {"BLOCK_N": 32}), also)
-    assert len(compiled) == len(launched) == len(kinds)
-    assert launched == [(x.data_ptr(), 0 if y is None else y.data_ptr(), n, 32) for x, y, n, _ in kinds]
-    assert launch.run(jit, (other, kinds[0][1]), (64,), lambda: ((1,), {"BLOCK_N": 32}), "a")
-    assert len(compiled) == len(kinds) and launched[-1][0] == other.data_ptr()
+    for kind in kinds:
+        run(*kind)
+    assert len(compiled) == len(kinds) and not launched
+    assert [run(*kind) for kind in kinds] == launched
+    assert run(other, y, 64, "a") == launched[-1]
+    assert len(compiled) == len(kinds)
